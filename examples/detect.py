@@ -1,0 +1,77 @@
+"""Detect objects in pictures with a net that examples/overfeat.py trained: draws and prints what it finds.
+
+    python examples/detect.py --weights runs/overfeat/weights.npz picture.jpg ...           # drawn into detections/
+    python examples/detect.py --weights runs/overfeat/weights.npz --json picture.jpg ...    # JSON on standard output
+
+Printed and drawn are detections above the score of best F1 of their class on the evaluation set, or above --min-score. The
+JSON list holds all of them, for an evaluator: {"image": stem, "class": name, "box": [x1, y1, x2, y2], "score": s}, box in
+continuous pixels of the picture. --json FILE.json writes it to a file.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import tinydet                                                      # before numpy: sets how BLAS threads wait
+import numpy as np
+
+from tinydet import data, draw, train
+from tinydet.models import overfeat
+
+
+def arguments(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    a = parser.add_argument
+    a("images", nargs="*", metavar="image", help="picture files")
+    a("--weights", required=True, help="weights.npz of a run")
+    a("--json", nargs="?", const="-", metavar="FILE.json", help="give all detections as JSON, to standard output or a file")
+    a("--min-score", type=float, help="lowest score of a detection (printed, drawn and in the JSON)")
+    a("--out", default="detections", metavar="FOLDER", help="where the drawings go (%(default)s); none with --json")
+    a("--backend", choices=tinydet.backend.BACKENDS, default="numba")
+    args = parser.parse_args(argv)
+    if args.json not in (None, "-") and not args.json.endswith(".json"):
+        args.images.insert(0, args.json)                            # it was a picture: --json picture.jpg
+        args.json = "-"
+    if not args.images:
+        parser.error("name at least one image")
+    stems = [Path(path).stem for path in args.images]
+    if twice := next((s for s in stems if stems.count(s) > 1), None):
+        parser.error(f"the names of the images must differ without folder and ending, got {twice} more than once")
+    return args
+
+
+def main(args):
+    net, settings = overfeat.load(args.weights)
+    classes, cut = net.spec.classes, settings["cut"]
+    combining = {k: settings[k] for k in ("merging", "threshold")}
+    out, records = Path(args.out), []
+    for path in args.images if args.json is None else train.progress(args.images, desc="detect", unit="image"):
+        image, stem = data.read_image(path), Path(path).stem
+        boxes, labels, scores = overfeat.detect(net, image, **combining)
+        lowest = np.array([cut[classes[k]] if args.min_score is None else args.min_score for k in labels], float)
+        if args.json is None:
+            shown = scores >= lowest
+            out.mkdir(parents=True, exist_ok=True)
+            draw.save(draw.boxes(image, boxes[shown], labels[shown], classes, scores[shown]), out / f"{stem}.png")
+            print(f"{path}: {shown.sum()} objects, drawn in {out / stem}.png")
+            for box, label, score in zip(boxes[shown], labels[shown], scores[shown]):
+                print(f"  {classes[label]:12} {score:7.3f}  " + " ".join(f"{v:7.1f}" for v in box))
+        else:
+            kept = scores >= (-np.inf if args.min_score is None else args.min_score)
+            records += [{"image": stem, "class": classes[label], "box": [float(v) for v in box], "score": float(score)}
+                        for box, label, score in zip(boxes[kept], labels[kept], scores[kept])]
+    if args.json == "-":
+        json.dump(records, sys.stdout)
+        print()
+    elif args.json:
+        train.write(args.json, json.dumps(records))
+    return records
+
+
+if __name__ == "__main__":
+    args = arguments()
+    try:
+        with tinydet.use(args.backend):
+            main(args)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")

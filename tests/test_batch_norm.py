@@ -1,0 +1,139 @@
+import math
+
+import numba
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.testing import assert_allclose, assert_array_equal
+
+from conftest import BACKENDS, distinct_NHWC, seeds
+from tinydet import to_numpy, use
+from tinydet.gradcheck import check_grad
+from tinydet.ops import batch_norm
+
+
+def statistics(x):
+    """Mean and biased variance of each channel."""
+    channels = [[float(v) for v in x[..., c].ravel()] for c in range(x.shape[3])]
+    means = [math.fsum(v) / len(v) for v in channels]
+    return np.array(means), np.array([math.fsum((a - m) ** 2 for a in v) / len(v) for v, m in zip(channels, means)])
+
+
+def by_definition(x, gamma, beta, mean, var, eps=1e-5):
+    y = np.empty(x.shape)
+    for n, i, j, c in np.ndindex(x.shape):
+        y[n, i, j, c] = gamma[c] * (x[n, i, j, c] - mean[c]) / math.sqrt(var[c] + eps) + beta[c]
+    return y
+
+
+@st.composite
+def cases(draw):
+    """x of at least two pixels, gamma, beta, and given mean and var."""
+    x, rng = draw(distinct_NHWC(min_side=2, max_C=3)), np.random.default_rng(draw(seeds))
+    gamma, beta, mean = rng.standard_normal((3, x.shape[3]))
+    return x, gamma, beta, mean, rng.uniform(0.5, 2, x.shape[3])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(case=cases())
+def test_forward_is_the_definition(backend, case):
+    x, gamma, beta, mean, var = case
+    with use(backend) as put:
+        y, _, moments = batch_norm.forward(put(x), put(gamma), put(beta))
+        frozen, _ = batch_norm.forward_frozen(*map(put, case), eps=0.1)
+    assert_allclose([to_numpy(m) for m in moments], statistics(x), rtol=1e-12, atol=1e-12)
+    assert_allclose(to_numpy(y), by_definition(x, gamma, beta, *statistics(x)), rtol=1e-12, atol=1e-12)
+    assert_allclose(to_numpy(frozen), by_definition(x, gamma, beta, mean, var, 0.1), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(case=cases())
+def test_gradient(backend, case):
+    x, gamma, beta, mean, var = case
+    with use(backend) as put:
+        check_grad(batch_norm.forward, batch_norm.backward, [x, gamma, beta], put=put)
+        check_grad(lambda x, gamma, beta: batch_norm.forward_frozen(x, gamma, beta, put(mean), put(var)), batch_norm.backward,
+                   [x, gamma, beta], put=put)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(x=distinct_NHWC(min_side=2))
+def test_output_has_mean_beta_and_deviation_gamma_and_dx_is_orthogonal(backend, x):
+    C = x.shape[3]
+    with use(backend) as put:
+        y, cache, _ = batch_norm.forward(put(x), put(np.full(C, 3.0)), put(np.full(C, -2.0)), 0.0)
+        dx = to_numpy(batch_norm.backward(put(x ** 2), cache)[0])
+    assert_allclose(statistics(to_numpy(y)), [[-2] * C, [9] * C], rtol=1e-11)
+    assert_allclose([dx.sum((0, 1, 2)), (dx * x).sum((0, 1, 2))], 0, atol=1e-9)       # y ignores shift and scale of x
+
+
+def test_backends_agree_also_in_float32_transposed_and_over_many_rows(all_threads):
+    """3 * 21 * 11 pixels are more rows than parts; a large mean must not swamp the variance."""
+    for dtype, tolerance in ((np.float64, 1e-11), (np.float32, 1e-4)):
+        x = (np.random.default_rng(0).standard_normal((3, 11, 21, 5)) + 100).astype(dtype).transpose(0, 2, 1, 3)
+        gamma, beta = np.linspace(1, 2, 10).reshape(2, 5).astype(dtype)
+        results = []
+        for backend in BACKENDS:
+            with use(backend) as put:
+                y, cache, moments = batch_norm.forward(put(x), put(gamma), put(beta))
+                results.append([to_numpy(a) for a in (y, *moments, *batch_norm.backward(put(x - 100), cache))])
+        for a, b in zip(*results):
+            assert a.dtype == b.dtype == dtype
+            assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+        assert_allclose(results[0][2], statistics(x)[1], rtol=tolerance)
+
+
+def test_the_number_of_threads_changes_no_bit(all_threads):
+    x = np.random.default_rng(0).standard_normal((3, 21, 11, 5))
+    results = []
+    for threads in (1, numba.config.NUMBA_NUM_THREADS):
+        numba.set_num_threads(threads)
+        y, cache, _ = batch_norm.forward(x, np.ones(5), np.zeros(5))
+        results.append((y, *batch_norm.backward(x, cache)))
+    for a, b in zip(*results):
+        assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_pixel_constant_channel_and_empty_batch(backend):
+    with use(backend) as put:
+        one = put(np.ones(2))
+        for x in (np.full((1, 1, 1, 2), 7.0), np.full((2, 3, 3, 2), 7.0)):
+            y, cache, (mean, var) = batch_norm.forward(put(x), one, put(np.array([0.5, 1.5])))
+            assert_array_equal(to_numpy(y), np.broadcast_to([0.5, 1.5], x.shape))
+            assert_array_equal([to_numpy(mean), to_numpy(var)], [[7, 7], [0, 0]])
+            assert_array_equal(to_numpy(batch_norm.backward(put(np.ones(x.shape)), cache)[0]), np.zeros(x.shape))
+        y, cache = batch_norm.forward_frozen(put(np.zeros((0, 3, 3, 2))), one, one, one, one)
+        dx, dgamma, dbeta = batch_norm.backward(y, cache)
+    assert y.shape == dx.shape == (0, 3, 3, 2)
+    assert_array_equal([to_numpy(dgamma), to_numpy(dbeta)], np.zeros((2, 2)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_stays_in_its_channel(backend):
+    x = np.arange(8.0).reshape(1, 2, 2, 2)
+    x[0, 0, 0, 1] = np.nan
+    with use(backend) as put:
+        y, _, _ = batch_norm.forward(put(x), put(np.ones(2)), put(np.zeros(2)))
+    assert_array_equal(np.isnan(to_numpy(y)).all((0, 1, 2)), [False, True])
+
+
+@pytest.mark.parametrize("change, error, message", [
+    (dict(x=np.zeros((4, 2))), ValueError, r"x must have shape \(N, H, W, C\), got \(4, 2\)"),
+    (dict(x=np.zeros((0, 2, 2, 2))), ValueError, r"x must hold at least one pixel, got \(0, 2, 2, 2\)"),
+    (dict(gamma=np.ones(3)), ValueError, r"gamma must have shape \(2,\), got \(3,\)"),
+    (dict(beta=np.ones(2, np.float32)), TypeError, "dtypes must agree, got x float64, gamma float64, beta float32"),
+    (dict(beta=[0.0, 0.0]), TypeError, "beta must be an array, got list"),
+])
+def test_forward_errors(change, error, message):
+    with pytest.raises(error, match=r"^batch_norm\.forward: " + message):
+        batch_norm.forward(**{**dict(x=np.ones((1, 2, 2, 2)), gamma=np.ones(2), beta=np.ones(2)), **change})
+
+
+def test_frozen_and_backward_errors():
+    x, one = np.ones((1, 2, 2, 2)), np.ones(2)
+    with pytest.raises(ValueError, match=r"^batch_norm\.forward_frozen: var must have shape \(2,\), got \(1,\)"):
+        batch_norm.forward_frozen(x, one, one, one, one[:1])
+    with pytest.raises(ValueError, match=r"^batch_norm\.backward: dy must have shape \(1, 2, 2, 2\), got \(1, 2, 2, 1\)"):
+        batch_norm.backward(x[..., :1], batch_norm.forward(x, one, one)[1])

@@ -1,0 +1,144 @@
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from numpy.testing import assert_allclose, assert_array_equal
+
+from conftest import BACKENDS, seeds
+from tinydet import to_numpy, use
+from tinydet.gradcheck import check_grad
+from tinydet.ops import conv
+
+
+def by_definition(x, w, b, stride=1, pad=0, dilation=1):
+    (N, H, W, C), (kh, kw, _, Cout) = x.shape, w.shape
+    oh = (H + 2 * pad - dilation * (kh - 1) - 1) // stride + 1
+    ow = (W + 2 * pad - dilation * (kw - 1) - 1) // stride + 1
+    y = np.empty((N, oh, ow, Cout))
+    for n, i, j, o in np.ndindex(y.shape):
+        y[n, i, j, o] = b[o]
+        for u, v, c in np.ndindex(kh, kw, C):
+            row, col = i * stride + u * dilation - pad, j * stride + v * dilation - pad
+            if 0 <= row < H and 0 <= col < W:
+                y[n, i, j, o] += x[n, row, col, c] * w[u, v, c, o]
+    return y
+
+
+@st.composite
+def cases(draw):
+    """x, w, b and (stride, pad, dilation) with at least one complete window, sides and kernels drawn apart."""
+    N, H, W, C, kh, kw, Cout = (draw(st.integers(1, m)) for m in (2, 5, 5, 2, 3, 3, 2))
+    stride, pad, dilation = draw(st.integers(1, 3)), draw(st.integers(0, 2)), draw(st.integers(1, 2))
+    assume(H + 2 * pad > dilation * (kh - 1) and W + 2 * pad > dilation * (kw - 1))
+    rng = np.random.default_rng(draw(seeds))
+    return [rng.standard_normal(s) for s in ((N, H, W, C), (kh, kw, C, Cout), (Cout,))], (stride, pad, dilation)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(case=cases())
+def test_forward_is_the_definition(backend, case):
+    arrays, how = case
+    with use(backend) as put:
+        y, _ = conv.forward(*map(put, arrays), *how)
+    assert_allclose(to_numpy(y), by_definition(*arrays, *how), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(case=cases())
+def test_gradient(backend, case):
+    arrays, how = case
+    with use(backend) as put:
+        check_grad(lambda x, w, b: conv.forward(x, w, b, *how), conv.backward, arrays, put=put)
+
+
+def random(*shapes, dtype=np.float64, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.standard_normal(s).astype(dtype) for s in shapes]
+
+
+def test_the_head_of_the_1d_example():
+    """Notes 3.6: w = (1, -1, 2, 0, 1) on the pooled map of each offset, and dilated by 3 on all of them."""
+    w, b = np.array([1.0, -1, 2, 0, 1]).reshape(5, 1, 1, 1), np.zeros(1)
+    for pooled, head in (([18, 16, 14, 19, 17, 15], [47, 55]), ([18, 16, 12, 19, 17, 13], [43, 55]), ([18, 14, 12, 19, 15, 13], [43, 53])):
+        assert_array_equal(conv.forward(np.reshape(pooled, (1, 6, 1, 1)) * 1.0, w, b)[0].ravel(), head)
+    s = np.array([18.0, 18, 18, 16, 16, 14, 14, 12, 12, 19, 19, 19, 17, 17, 15, 15, 13, 13]).reshape(1, 18, 1, 1)
+    assert_array_equal(conv.forward(s, w, b, dilation=3)[0].ravel(), [47, 43, 43, 55, 55, 53])
+
+
+@pytest.mark.parametrize("window, kernel, stride, out", [(231, 11, 4, 56), (221, 7, 2, 108), (28, 5, 1, 24), (6, 6, 1, 1)])
+def test_map_sizes_of_the_overfeat_tables(window, kernel, stride, out):
+    assert conv.forward(*random((1, window, window, 1), (kernel, kernel, 1, 1), (1,)), stride)[0].shape == (1, out, out, 1)
+
+
+def test_dilation_is_a_kernel_with_zeros_between():
+    x, w, b = random((2, 9, 8, 3), (3, 2, 3, 4), (4,))
+    wide = np.zeros((5, 3, 3, 4))
+    wide[::2, ::2] = w
+    assert_allclose(conv.forward(x, w, b, 1, 1, 2)[0], conv.forward(x, wide, b, 1, 1)[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape, kernel, how", [((3, 9, 7, 5), 3, (2, 1, 1)), ((2, 6, 8, 3), 1, (1, 0, 1)), ((2, 6, 8, 3), 1, (2, 0, 1))])
+def test_backends_agree_also_in_float32_transposed_and_in_blocks(shape, kernel, how, monkeypatch, all_threads):
+    monkeypatch.setattr(conv, "BLOCK", 300)                         # several blocks, the last one not full
+    N, H, W, C = shape
+    for dtype, tolerance in ((np.float64, 1e-12), (np.float32, 1e-5)):
+        x, w, b = random((N, W, H, C), (4, C, kernel, kernel), (4,), dtype=dtype)
+        x, w = x.transpose(0, 2, 1, 3), w.transpose(2, 3, 1, 0)
+        results = []
+        for backend in BACKENDS:
+            with use(backend) as put:
+                y, cache = conv.forward(put(x), put(w), put(b), *how)
+                dy = random((N, y.shape[2], y.shape[1], 4), dtype=dtype, seed=1)[0].transpose(0, 2, 1, 3)
+                results.append([to_numpy(a) for a in (y, *conv.backward(put(dy), cache))])
+        for a, b in zip(*results):
+            assert a.dtype == b.dtype == dtype
+            assert_allclose(a, b, rtol=tolerance, atol=tolerance * 10)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [1, 3])
+def test_empty_batch_and_no_input_gradient(backend, size):
+    x, w, b = random((0, 4, 5, 2), (size, size, 2, 3), (3,))
+    with use(backend) as put:
+        y, cache = conv.forward(put(x), put(w), put(b))
+        dx, dw, db = conv.backward(y, cache)
+        assert conv.backward(y, cache, need_dx=False)[0] is None
+    assert y.shape == (0, 5 - size, 6 - size, 3) and dx.shape == x.shape
+    assert_array_equal(to_numpy(dw), np.zeros(w.shape))
+    assert_array_equal(to_numpy(db), np.zeros(3))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_reaches_the_windows_that_read_it_and_no_other(backend):
+    x, w, b = random((1, 5, 5, 1), (3, 3, 1, 2), (2,))
+    x[0, 0, 4, 0] = np.nan
+    with use(backend) as put:
+        y, _ = conv.forward(put(x), put(w), put(b))
+    assert_array_equal(np.isnan(to_numpy(y))[0, :, :, 1], [[0, 0, 1], [0, 0, 0], [0, 0, 0]])
+
+
+@pytest.mark.parametrize("change, error, message", [
+    (dict(x=np.zeros((4, 4, 2))), ValueError, r"x must have shape \(N, H, W, C\), got \(4, 4, 2\)"),
+    (dict(x=[[1.0]]), TypeError, "x must be an array, got list"),
+    (dict(x=np.zeros((1, 4, 4, 2), int)), TypeError, "x must be float32 or float64, got int64"),
+    (dict(w=np.zeros((3, 3, 1, 3))), ValueError, r"w must have shape \(kh, kw, 2, Cout\), got \(3, 3, 1, 3\)"),
+    (dict(w=np.zeros((0, 3, 2, 3))), ValueError, "kh must be at least 1, got 0"),
+    (dict(w=np.zeros((3, 3, 2, 0)), b=np.zeros(0)), ValueError, "Cout must be at least 1, got 0"),
+    (dict(b=np.zeros(2)), ValueError, r"b must have shape \(3,\), got \(2,\)"),
+    (dict(b=np.zeros(3, np.float32)), TypeError, "dtypes must agree, got x float64, w float64, b float32"),
+    (dict(stride=0), ValueError, "stride must be at least 1, got 0"),
+    (dict(stride=1.5), TypeError, "stride must be an integer, got 1.5"),
+    (dict(pad=-1), ValueError, "pad must be at least 0, got -1"),
+    (dict(dilation=2), ValueError, r"x \(1, 4, 4, 2\) with pad 0 holds no window of w \(3, 3, 2, 3\) with dilation 2"),
+])
+def test_forward_errors(change, error, message):
+    with pytest.raises(error, match=r"^conv\.forward: " + message):
+        conv.forward(**{**dict(x=np.zeros((1, 4, 4, 2)), w=np.zeros((3, 3, 2, 3)), b=np.zeros(3)), **change})
+
+
+def test_backward_errors():
+    y, cache = conv.forward(*random((1, 4, 4, 2), (3, 3, 2, 3), (3,)))
+    with pytest.raises(ValueError, match=r"^conv\.backward: dy must have shape \(1, 2, 2, 3\), got \(1, 2, 1, 3\)"):
+        conv.backward(y[:, :, :1], cache)
+    with pytest.raises(TypeError, match=r"^conv\.backward: dtypes must agree, got x float64, dy float32"):
+        conv.backward(y.astype(np.float32), cache)

@@ -1,0 +1,48 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from numpy.testing import assert_array_equal
+
+from conftest import BACKENDS, distinct, distinct_NHWC
+from tinydet import to_numpy, use
+from tinydet.gradcheck import check_grad
+from tinydet.ops import relu
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(x=distinct_NHWC())
+def test_forward_is_the_definition(backend, x):
+    with use(backend) as put:
+        y, _ = relu.forward(put(x))
+    assert_array_equal(to_numpy(y), np.reshape([v if v > 0 else 0 for v in x.ravel()], x.shape))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(x=distinct_NHWC())
+def test_gradient(backend, x):
+    with use(backend) as put:
+        check_grad(relu.forward, relu.backward, [x], put=put)
+
+
+def test_kink_nan_and_dtype():
+    x = np.array([-2, -0.0, 0, 3, np.nan, np.inf], np.float32)
+    y, cache = relu.forward(x)
+    assert_array_equal(y, np.array([0, 0, 0, 3, np.nan, np.inf], np.float32), strict=True)
+    assert_array_equal(relu.backward(np.ones(6, np.float32), cache), np.array([0, 0, 0, 1, 0, 1], np.float32), strict=True)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (1,), (2, 3), (2, 3, 4, 5)])
+def test_any_shape_empty_and_transposed(shape):
+    x = distinct(shape, 0).T
+    y, cache = relu.forward(x)
+    assert_array_equal(y, np.where(x > 0, x, 0))
+    assert_array_equal(relu.backward(x, cache), y)
+
+
+def test_errors():
+    with pytest.raises(TypeError, match=r"^relu\.forward: x must be an array, got list"):
+        relu.forward([1.0])
+    with pytest.raises(TypeError, match=r"^relu\.forward: x must be float32 or float64, got int64"):
+        relu.forward(np.arange(3))
+    with pytest.raises(ValueError, match=r"^relu\.backward: dy must have shape \(2,\), got \(1,\)"):
+        relu.backward(np.ones(1), relu.forward(np.ones(2))[1])

@@ -1,0 +1,68 @@
+"""The argument checks that the ops share. Each names the op, the argument, what must hold and what was given."""
+import numpy as np
+
+from tinydet.backend import array_module
+
+
+def array(op, name, x):
+    """Raise TypeError unless x is an array (a list has no shape)."""
+    if not isinstance(x, array_module(x).ndarray):
+        raise TypeError(f"{op}: {name} must be an array, got {type(x).__name__}")
+
+
+def float_array(op, name, x, shape=None):
+    """Raise unless x is a float32 or float64 array whose shape reads as `shape`, such as "(N, H, W, C)" or "(R, 4)".
+
+    Capitalised words stand for any length, numbers for themselves; None is any shape.
+    Raises TypeError (type, dtype), ValueError (shape).
+    """
+    array(op, name, x)
+    if x.dtype not in (np.float32, np.float64):
+        raise TypeError(f"{op}: {name} must be float32 or float64, got {x.dtype}")
+    if shape is None:
+        return
+    wanted = [s.strip() for s in shape.strip("()").split(",") if s.strip()]
+    if x.ndim != len(wanted) or any(w.isdigit() and int(w) != n for w, n in zip(wanted, x.shape)):
+        raise ValueError(f"{op}: {name} must have shape {shape}, got {x.shape}")
+
+
+def same_dtype(op, **arrays):
+    """Raise TypeError unless all arrays have one dtype: mixed ones would be promoted in silence, and slowly."""
+    for name, a in arrays.items():
+        array(op, name, a)
+    if len({a.dtype for a in arrays.values()}) > 1:
+        raise TypeError(f"{op}: dtypes must agree, got " + ", ".join(f"{k} {a.dtype}" for k, a in arrays.items()))
+
+
+def same_shape(op, expected, **arrays):
+    """Raise ValueError unless every array has the shape `expected`."""
+    for name, a in arrays.items():
+        array(op, name, a)
+        if a.shape != tuple(expected):
+            raise ValueError(f"{op}: {name} must have shape {tuple(expected)}, got {a.shape}")
+
+
+def whole(op, minimum, **values):
+    """Raise unless every value is an integer >= minimum (TypeError for another type, ValueError below)."""
+    for name, v in values.items():
+        if not isinstance(v, (int, np.integer)) or isinstance(v, bool):
+            raise TypeError(f"{op}: {name} must be an integer, got {v!r}")
+        if v < minimum:
+            raise ValueError(f"{op}: {name} must be at least {minimum}, got {v}")
+
+
+def finite(op, **arrays):
+    """Raise ValueError if an array holds NaN or infinity: a sort would hide it."""
+    for name, a in arrays.items():
+        if not bool(array_module(a).isfinite(a).all()):
+            raise ValueError(f"{op}: {name} must be finite, got NaN or infinity")
+
+
+def labels(op, y, rows, K):
+    """Raise unless y is an integer array (rows,) with values in -1..K-1; -1 stands for ignored."""
+    array(op, "labels", y)
+    if y.dtype.kind not in "iu":
+        raise TypeError(f"{op}: labels must be integers, got {y.dtype}")
+    same_shape(op, (rows,), labels=y)
+    if y.size and (int(y.min()) < -1 or int(y.max()) >= K):
+        raise ValueError(f"{op}: labels must lie in -1..{K - 1}, got {int(y.min())}..{int(y.max())}")

@@ -1,0 +1,108 @@
+"""Pictures: boxes on images, sheets of examples, curves. Pillow draws the images, matplotlib (extra `examples`) the curves."""
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+COLOURS = ("#e6194b", "#1f8f3a", "#2f55d4", "#f58231", "#911eb4", "#00868b", "#b8860b", "#d1157f", "#556b2f", "#6b4226")
+
+
+def boxes(image, boxes, labels, classes, scores=None, enlarge=1.0):
+    """An image (uint8 (H, W, 3)) with its boxes as a Pillow image; each class has its colour, its name (and score) beside the box."""
+    picture = Image.fromarray(image)
+    if enlarge != 1:
+        picture = picture.resize([max(1, round(side * enlarge)) for side in picture.size], Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(picture)
+    font = ImageFont.load_default(size=max(9, min(16, min(picture.size) // 28)))
+    width = max(1, round(min(picture.size) / 200))
+    for i, (box, label) in enumerate(zip(boxes, labels)):
+        x1, y1, x2, y2 = (float(v) * enlarge for v in box)
+        colour = COLOURS[int(label) % len(COLOURS)]
+        draw.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=colour, width=width)
+        text = classes[int(label)] if scores is None else f"{classes[int(label)]} {scores[i]:.2f}"
+        left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
+        x = min(max(0, x1), max(0, picture.width - right - 4))
+        y = y1 - bottom - 3 if y1 - bottom - 3 >= 0 else min(y1 + width, picture.height - bottom - 3)
+        draw.rectangle((x, y, x + right + 4, y + bottom + 3), fill=colour)
+        draw.text((x + 2, y + 1), text, fill="white", font=font)
+    return picture
+
+
+def sheet(pictures, columns, captions=None, gap=6):
+    """Pillow images side by side, `columns` in a row, all scaled to one width, with a caption line above each if given."""
+    if not pictures:
+        raise ValueError("draw.sheet: pictures must hold at least one image, got none")
+    width = max(p.width for p in pictures)
+    pictures = [p if p.width == width else p.resize((width, max(1, round(p.height * width / p.width)))) for p in pictures]
+    font = ImageFont.load_default(size=14)
+    line = 20 if captions else 0
+    rows = [pictures[i:i + columns] for i in range(0, len(pictures), columns)]
+    heights = [max(p.height for p in row) + line for row in rows]
+    out = Image.new("RGB", (columns * (width + gap) + gap, sum(heights) + gap * (len(rows) + 1)), "white")
+    draw, y, n = ImageDraw.Draw(out), gap, 0
+    for row, height in zip(rows, heights):
+        for c, p in enumerate(row):
+            x = gap + c * (width + gap)
+            if captions:
+                draw.text((x, y), captions[n], fill="black", font=font)
+            out.paste(p, (x, y + line))
+            n += 1
+        y += height + gap
+    return out
+
+
+def detections_sheet(examples, detections, classes, cut, columns=2):
+    """Ground truth and detections side by side: two pictures an image. cut: per class, the score from which a box is shown."""
+    pictures, captions = [], []
+    for example, (b, labels, scores) in zip(examples, detections):
+        image, shown = example.image(), scores >= np.array([cut[classes[int(k)]] for k in labels], float)
+        enlarge = 480 / max(image.shape[:2]) if max(image.shape[:2]) < 320 else 1.0
+        names = [*classes, *(f"({c})" for c in classes)]             # in brackets: difficult, does not count
+        pictures += [boxes(image, example.boxes, example.labels + len(classes) * example.difficult, names, enlarge=enlarge),
+                     boxes(image, b[shown], labels[shown], classes, scores[shown], enlarge)]
+        captions += [f"{example.name}: ground truth", f"{example.name}: detected"]
+    return sheet(pictures, 2 * columns, captions)
+
+
+def save(picture, path):
+    """Write a Pillow image or a matplotlib figure to path (its ending names the format), whole or not at all."""
+    path = Path(path)
+    part = path.with_name(f".{path.stem}.part{path.suffix}")
+    try:
+        (picture.save if isinstance(picture, Image.Image) else picture.savefig)(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _axes(xlabel, ylabel, title):
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(7, 4.5), dpi=110, layout="constrained")
+    axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel, title=title)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def loss_curves(records, names, path, title="training loss"):
+    """Draw the running mean of metrics over the steps. records: dicts with "step" and names, as train.Run logs them."""
+    figure, axes = _axes("step", "loss (mean of the last 25 steps)", title)
+    steps = np.array([r["step"] for r in records])
+    for name in names:
+        values = np.cumsum([0.0, *(r[name] for r in records)])
+        first = np.maximum(np.arange(len(steps)) - 24, 0)
+        axes.plot(steps, (values[1:] - values[first]) / (np.arange(len(steps)) - first + 1), label=name)
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    save(figure, path)
+
+
+def precision_recall(results, path, title="precision and recall"):
+    """Draw the curve of every class. results: as evaluate.voc returns them."""
+    figure, axes = _axes("recall", "precision", title)
+    for i, (name, r) in enumerate(results.items()):
+        axes.plot(np.concatenate([[0] * (len(r.recall) > 0), r.recall]), np.concatenate([r.precision[:1], r.precision]),
+                  color=COLOURS[i % len(COLOURS)], label=f"{name} (AP {r.ap:.3f})")
+    axes.set(xlim=(0, 1.01), ylim=(0, 1.03))
+    axes.legend(loc="lower left")
+    save(figure, path)

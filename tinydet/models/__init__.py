@@ -1,0 +1,1 @@
+"""The wiring of the papers' nets, one file per paper."""

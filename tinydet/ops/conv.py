@@ -1,0 +1,168 @@
+"""Convolution (cross-correlation with bias) over channels-last maps, with stride, zero padding and dilation."""
+import numpy as np
+from numba import njit, prange
+
+from tinydet import checks
+from tinydet.backend import pick
+
+BLOCK = 1 << 22         # elements of the unrolled matrix that are in memory at a time (16 MB of float32)
+
+
+def forward(x, w, b, stride=1, pad=0, dilation=1):
+    """Slide the kernels w over x (OverFeat, sec. 3.1; FC layers are convolutions too).
+
+    y[n,i,j,o] = b[o] + sum_{u,v,c} x[n, i*stride + u*dilation - pad, j*stride + v*dilation - pad, c] * w[u,v,c,o],
+    with x = 0 outside the image. Dilation p turns a head into its skip-kernel form (sec. 3.3, notes 3.4).
+    x: (N, H, W, C), w: (kh, kw, C, Cout), b: (Cout,), one dtype, float32 or float64.
+    Returns y (N, oh, ow, Cout), oh = (H + 2*pad - dilation*(kh - 1) - 1)//stride + 1, same dtype, and cache.
+    N = 0 gives an empty y. Raises ValueError if shapes do not fit or the image holds no complete window, TypeError for
+    other or mixed dtypes.
+    """
+    op = "conv.forward"
+    checks.float_array(op, "x", x, "(N, H, W, C)")
+    checks.float_array(op, "w", w, f"(kh, kw, {x.shape[3]}, Cout)")
+    checks.float_array(op, "b", b, f"({w.shape[3]},)")
+    checks.same_dtype(op, x=x, w=w, b=b)
+    checks.whole(op, 1, stride=stride, dilation=dilation, **dict(zip(("kh", "kw", "Cin", "Cout"), w.shape)))
+    checks.whole(op, 0, pad=pad)
+    if min(output_size(x, w, stride, pad, dilation)) < 1:
+        raise ValueError(f"{op}: x {x.shape} with pad {pad} holds no window of w {w.shape} with dilation {dilation}")
+    run = pick(x, numpy=_forward_numpy, numba=_forward_numba)
+    return run(x, w, b, stride, pad, dilation), (x, w, stride, pad, dilation)
+
+
+def backward(dy, cache, need_dx=True):
+    """Gradients of forward: dx, dw, db. need_dx=False skips dx (None), as for the layer that sees the image.
+
+    dx[n,y,x,c] = sum over the windows that read the pixel of dy * w, dw[u,v,c,o] = sum dy * x, db = sum dy.
+    dy: (N, oh, ow, Cout), the dtype of x. Raises ValueError or TypeError where dy does not fit the cache.
+    """
+    x, w, stride, pad, dilation = cache
+    checks.same_shape("conv.backward", (len(x), *output_size(x, w, stride, pad, dilation), w.shape[3]), dy=dy)
+    checks.same_dtype("conv.backward", x=x, dy=dy)
+    run = pick(x, numpy=_backward_numpy, numba=_backward_numba)
+    dx, dw = run(dy, x, w, stride, pad, dilation, need_dx)
+    return dx, dw, dy.sum((0, 1, 2))
+
+
+def output_size(x, w, stride, pad, dilation):
+    """Height and width of the output map."""
+    return tuple((x.shape[d + 1] + 2 * pad - dilation * (w.shape[d] - 1) - 1) // stride + 1 for d in (0, 1))
+
+
+# NumPy: one product for each tap of the kernel
+
+def _taps(x, w, stride, pad, dilation):
+    """For every kernel tap (u, v): the slice of the padded image that it multiplies."""
+    oh, ow = output_size(x, w, stride, pad, dilation)
+    for u in range(w.shape[0]):
+        for v in range(w.shape[1]):
+            rows = slice(u * dilation, u * dilation + stride * (oh - 1) + 1, stride)
+            cols = slice(v * dilation, v * dilation + stride * (ow - 1) + 1, stride)
+            yield u, v, (slice(None), rows, cols)
+
+
+def _forward_numpy(x, w, b, stride, pad, dilation):
+    padded = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    y = np.zeros((len(x), *output_size(x, w, stride, pad, dilation), w.shape[3]), x.dtype) + b
+    for u, v, at in _taps(x, w, stride, pad, dilation):
+        y += padded[at] @ w[u, v]
+    return y
+
+
+def _backward_numpy(dy, x, w, stride, pad, dilation, need_dx):
+    padded = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    dpadded, dw = np.zeros_like(padded), np.empty_like(w)
+    for u, v, at in _taps(x, w, stride, pad, dilation):
+        dw[u, v] = np.tensordot(padded[at], dy, ((0, 1, 2), (0, 1, 2)))
+        dpadded[at] += dy @ w[u, v].T
+    return dpadded[:, pad:pad + x.shape[1], pad:pad + x.shape[2]] if need_dx else None, dw
+
+
+# Numba: unroll a block of windows into a matrix, one BLAS product for the block. Figures: examples/bench_ops.py
+
+def _forward_numba(x, w, b, stride, pad, dilation):
+    oh, ow = output_size(x, w, stride, pad, dilation)
+    y = np.empty((len(x), oh, ow, w.shape[3]), x.dtype)
+    matrix, out = np.ascontiguousarray(w).reshape(-1, w.shape[3]), y.reshape(-1, w.shape[3])
+    for rows, cols in _blocks(x, w, stride, pad, dilation):
+        np.matmul(cols, matrix, out=out[rows])
+    y += b
+    return y
+
+
+def _backward_numba(dy, x, w, stride, pad, dilation, need_dx):
+    (N, H, W, C), (kh, kw, _, Cout) = x.shape, w.shape
+    dy = np.ascontiguousarray(dy)
+    flat, matrix = dy.reshape(-1, Cout), np.ascontiguousarray(w).reshape(-1, Cout)
+    dw = np.zeros_like(matrix)
+    for rows, cols in _blocks(x, w, stride, pad, dilation):
+        dw += cols.T @ flat[rows]
+    if not need_dx:
+        return None, dw.reshape(w.shape)
+    if kh == kw == stride == 1 and pad == 0:
+        return (flat @ matrix.T).reshape(x.shape), dw.reshape(w.shape)
+    dx = np.empty(x.shape, x.dtype)
+    pixels = dy.shape[1] * dy.shape[2]
+    some = max(1, BLOCK // max(1, pixels * len(matrix)))                 # images whose unrolled gradient fits a block
+    for n in range(0, N, some):
+        dcols = flat[n * pixels:(n + some) * pixels] @ matrix.T
+        _fold(dcols.reshape(-1, *dy.shape[1:3], kh, kw, C), dx[n:n + some], stride, pad, dilation)
+    return dx, dw.reshape(w.shape)
+
+
+def _blocks(x, w, stride, pad, dilation):
+    """Yield (rows, cols): cols holds the windows of those output rows, one a line, kh*kw*C long."""
+    (kh, kw, C, _), (oh, ow) = w.shape, output_size(x, w, stride, pad, dilation)
+    if kh == kw == stride == 1 and pad == 0:
+        yield slice(None), np.ascontiguousarray(x).reshape(-1, C)        # a 1x1 convolution needs no unrolling
+        return
+    x = np.ascontiguousarray(x)
+    lines = len(x) * oh                                                  # output lines (n, i) in all, and per block
+    some = max(1, BLOCK // max(1, ow * kh * kw * C))
+    for start in range(0, lines, some):
+        count = min(some, lines - start)
+        cols = np.empty((count, ow, kh, kw, C), x.dtype)
+        _unfold(x, cols, start, oh, stride, pad, dilation)
+        yield slice(start * ow, (start + count) * ow), cols.reshape(count * ow, -1)
+
+
+@njit(cache=True, parallel=True)
+def _unfold(x, cols, start, oh, stride, pad, dilation):
+    H, W = x.shape[1:3]
+    count, ow, kh, kw, C = cols.shape
+    for line in prange(count):
+        n, i = divmod(start + np.int64(line), oh)         # prange counts unsigned: mixed with int64 it turns to float
+        for j in range(ow):
+            for u in range(kh):
+                row = i * stride + u * dilation - pad
+                for v in range(kw):
+                    col = j * stride + v * dilation - pad
+                    if 0 <= row < H and 0 <= col < W:
+                        for c in range(C):
+                            cols[line, j, u, v, c] = x[n, row, col, c]
+                    else:
+                        for c in range(C):
+                            cols[line, j, u, v, c] = 0
+
+
+@njit(cache=True, parallel=True)
+def _fold(dcols, dx, stride, pad, dilation):
+    """The adjoint of _unfold as a gather: each input pixel adds up the windows that read it."""
+    N, H, W, C = dx.shape
+    oh, ow, kh, kw = dcols.shape[1:5]
+    for line in prange(N * H):
+        n, row = divmod(np.int64(line), H)
+        for col in range(W):
+            for c in range(C):
+                dx[n, row, col, c] = 0
+            for u in range(kh):
+                top = row + pad - u * dilation
+                if top < 0 or top % stride or top // stride >= oh:
+                    continue
+                for v in range(kw):
+                    left = col + pad - v * dilation
+                    if left < 0 or left % stride or left // stride >= ow:
+                        continue
+                    for c in range(C):
+                        dx[n, row, col, c] += dcols[n, top // stride, left // stride, u, v, c]

@@ -1,0 +1,54 @@
+"""Offset max-pooling and the interleaving of its maps: how OverFeat recovers the resolution of the last pooling."""
+from tinydet import checks
+from tinydet.backend import array_module
+from tinydet.ops import max_pool
+
+
+def forward(x, size):
+    """Max over the size x size tile at every offset (OverFeat, sec. 3.3): a max pool of stride 1.
+
+    s[n,i,j,c] = max_{u,v < size} x[n, i + u, j + v, c]; the pooled map of offset (oy, ox) is the view s[:, oy::size, ox::size].
+    x: (N, H, W, C) float32 or float64. Returns s (N, H - size + 1, W - size + 1, C), same dtype, and cache.
+    Ties go to the first pixel in row order; NaN in a tile gives NaN. Raises ValueError if x holds no complete tile.
+    """
+    return max_pool._forward("offset_pool.forward", x, size, 1)
+
+
+def backward(ds, cache):
+    """dx of forward. A pixel can win up to size*size tiles, one for each offset: their gradients are added."""
+    checks.same_shape("offset_pool.backward", cache[3].shape, ds=ds)
+    return max_pool.backward(ds, cache)
+
+
+def offsets(size):
+    """All (oy, ox) in row order: 0 <= oy, ox < size."""
+    return [(oy, ox) for oy in range(size) for ox in range(size)]
+
+
+def split(s, size):
+    """The size*size maps of s, views s[:, oy::size, ox::size] in the order of offsets(). The inverse of interleave.
+
+    s: (N, H, W, C). Maps may differ in size by one, and are empty for offsets at or past the end of s.
+    """
+    checks.float_array("offset_pool.split", "s", s, "(N, H, W, C)")
+    checks.whole("offset_pool.split", 1, size=size)
+    return [s[:, oy::size, ox::size] for oy, ox in offsets(size)]
+
+
+def interleave(maps, size):
+    """One map of fine stride from the size*size maps of the offsets (OverFeat, sec. 3.3, Fig. 3): F[size*i + oy] = O[oy][i].
+
+    maps: size*size arrays (N, h, w, C) in the order of offsets(); sizes may differ by one, as split() makes them.
+    Returns F (N, sum of the heights of one column of offsets, likewise the width, C): no gaps for any size.
+    Raises ValueError if the number or the shapes of the maps fit no single map.
+    """
+    checks.whole("offset_pool.interleave", 1, size=size)
+    if len(maps) != size * size:
+        raise ValueError(f"offset_pool.interleave: size {size} needs {size * size} maps, got {len(maps)}")
+    H, W = sum(m.shape[1] for m in maps[::size]), sum(m.shape[2] for m in maps[:size])
+    F = array_module(maps[0]).zeros((len(maps[0]), H, W, maps[0].shape[3]), maps[0].dtype)
+    for view, m in zip(split(F, size), maps):
+        if view.shape != m.shape:
+            raise ValueError(f"offset_pool.interleave: maps of {[m.shape[1:3] for m in maps]} are not the split of one map")
+        view[...] = m
+    return F

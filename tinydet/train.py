@@ -1,0 +1,135 @@
+"""The training loop, and the run folder that survives being killed: settings, metrics log, checkpoint."""
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+
+from tinydet.layers import load
+
+
+def progress(items, **options):
+    """A tqdm progress bar over items (time left on standard error). Raises ImportError saying what to install."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        raise ImportError("train.progress: the progress bar needs tqdm: pip install 'tinydet[examples]'") from None
+    return tqdm(items, dynamic_ncols=True, **options)
+
+
+def fit(run, net, optimizer, schedule, steps, step, every=100):
+    """Train: call step(i) for i = the run's last checkpoint .. steps - 1, each time update, log, and every so often checkpoint.
+
+    step(i) runs forward, loss and backward, which leaves gradients in the net, and returns a dict of numbers with "loss" first.
+    All that it draws at random must come from i (np.random.default_rng([seed, i])): then a run that was killed and resumed
+    passes through the same states, bit for bit on the same machine with the same number of threads.
+    schedule(i): learning rate of step i. Every `every` steps, and at the end, the run keeps a checkpoint.
+    Raises FloatingPointError if the loss is not finite; the last checkpoint stays.
+    """
+    first = run.restore(net, optimizer)
+    bar = progress(range(first, steps), initial=first, total=steps, desc=f"train {run.folder.name}", unit="step")
+    with run.open_log(first) as log:
+        for i in bar:
+            values = step(i)
+            if not math.isfinite(values["loss"]):
+                raise FloatingPointError(f"train.fit: the loss must be finite, got {values['loss']} at step {i}: lower the learning rate")
+            optimizer.step(schedule(i))
+            print(json.dumps({"step": i + 1, "lr": schedule(i), **values}), file=log, flush=True)
+            bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
+            if (i + 1) % every == 0 or i + 1 == steps:
+                run.checkpoint(i + 1, net, optimizer)
+
+
+class Run:
+    """A folder that holds one training run: config.json, metrics.jsonl, checkpoint.npz, and what the program adds.
+
+    config: the settings, JSON values. A new run needs a folder without a config.json; resume=True continues the one there,
+    and its settings must be the same. Raises FileExistsError, FileNotFoundError or ValueError saying which.
+    """
+
+    def __init__(self, folder, config, resume=False):
+        self.folder = Path(folder)
+        path = self.folder / "config.json"
+        config = json.loads(json.dumps(config))
+        if resume:
+            if not path.is_file():
+                raise FileNotFoundError(f"train.Run: there is no run to resume in {self.folder}")
+            before = read_json(path)
+            if changed := sorted(k for k in {*before, *config} if before.get(k) != config.get(k)):
+                told = "; ".join(f"{k} was {before.get(k)!r}, is {config.get(k)!r}" for k in changed)
+                raise ValueError(f"train.Run: a resumed run must keep its settings ({path}), got: {told}")
+        else:
+            if path.exists():
+                raise FileExistsError(f"train.Run: {self.folder} holds a run already; resume it, or choose another name")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write(path, json.dumps(config, indent=1) + "\n")
+
+    def open_log(self, steps):
+        """The metrics log, open for appending after its first `steps` records: what came after the checkpoint is done again."""
+        path = self.folder / "metrics.jsonl"
+        kept = [line for line in path.read_text().splitlines()[:steps]] if path.exists() else []
+        write(path, "".join(line + "\n" for line in kept))
+        return path.open("a")
+
+    def metrics(self):
+        """The records of the metrics log, one dict a step."""
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+    def checkpoint(self, steps, net, optimizer):
+        """Keep all that training needs to go on: the net's arrays, the optimiser's, the number of steps done."""
+        arrays = {**{f"net/{k}": v for k, v in net.arrays().items()}, **{f"optimizer/{k}": v for k, v in optimizer.state.items()}}
+        write_arrays(self.folder / "checkpoint.npz", arrays, {"steps": steps})
+
+    def restore(self, net, optimizer):
+        """Load the checkpoint, if there is one, into net and optimizer. Returns the number of steps done."""
+        path = self.folder / "checkpoint.npz"
+        if not path.exists():
+            return 0
+        arrays, meta = read_arrays(path)
+        load(net, {k[4:]: v for k, v in arrays.items() if k.startswith("net/")}, str(path))
+        for name, value in optimizer.state.items():
+            value[...] = arrays[f"optimizer/{name}"]
+        return meta["steps"]
+
+
+def write(path, content):
+    """Write text or bytes to path, whole or not at all: into a file beside it, forced to disk, then moved into place."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.part")
+    with part.open("wb") as f:
+        f.write(content.encode() if isinstance(content, str) else content)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(part, path)
+
+
+def read_json(path):
+    """The JSON value in a file. Raises ValueError naming the file if it is none."""
+    try:
+        return json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"train.read_json: {path} must be JSON, got: {error}") from None
+
+
+def write_arrays(path, arrays, meta):
+    """Write named arrays and a JSON value to an .npz file, whole or not at all."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.part")
+    with part.open("wb") as f:
+        np.savez(f, **arrays, meta=np.array(json.dumps(meta)))
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(part, path)
+
+
+def read_arrays(path):
+    """Arrays and JSON value of a file that write_arrays made. Nothing is unpickled. Raises ValueError naming a file that is none."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+        return arrays, json.loads(str(arrays.pop("meta")))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"train.read_arrays: there is no file {path}") from None
+    except Exception as error:          # a damaged file: zipfile, zlib and NumPy raise a dozen kinds
+        raise ValueError(f"train.read_arrays: {path} must be a weights or checkpoint file of tinydet, got: {error}") from None
