@@ -5,7 +5,7 @@ from numba import njit, prange
 from tinydet import checks
 from tinydet.backend import pick
 
-BLOCK = 1 << 22         # elements of the unrolled matrix that are in memory at a time (16 MB of float32)
+BLOCK = 1 << 20         # elements of the unrolled matrix that are in memory at a time (4 MB of float32)
 
 
 def forward(x, w, b, stride=1, pad=0, dilation=1):
