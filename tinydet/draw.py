@@ -8,8 +8,11 @@ from PIL import Image, ImageDraw, ImageFont
 COLOURS = ("#e6194b", "#1f8f3a", "#2f55d4", "#f58231", "#911eb4", "#00868b", "#b8860b", "#d1157f", "#556b2f", "#6b4226")
 
 
-def boxes(image, boxes, labels, classes, scores=None, enlarge=1.0):
-    """An image (uint8 (H, W, 3)) with its boxes as a Pillow image; each class has its colour, its name (and score) beside the box."""
+def boxes(image, boxes, labels, classes, scores=None, enlarge=1.0, bracket=None):
+    """An image (uint8 (H, W, 3)) with its boxes as a Pillow image; each class has its colour, its name (and score) beside the box.
+
+    bracket: (R,) bool, names to put in brackets (difficult objects, which do not count).
+    """
     picture = Image.fromarray(image)
     if enlarge != 1:
         picture = picture.resize([max(1, round(side * enlarge)) for side in picture.size], Image.Resampling.BICUBIC)
@@ -21,6 +24,7 @@ def boxes(image, boxes, labels, classes, scores=None, enlarge=1.0):
         colour = COLOURS[int(label) % len(COLOURS)]
         draw.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=colour, width=width)
         text = classes[int(label)] if scores is None else f"{classes[int(label)]} {scores[i]:.2f}"
+        text = f"({text})" if bracket is not None and bracket[i] else text
         left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
         x = min(max(0, x1), max(0, picture.width - right - 4))
         y = y1 - bottom - 3 if y1 - bottom - 3 >= 0 else min(y1 + width, picture.height - bottom - 3)
@@ -58,8 +62,7 @@ def detections_sheet(examples, detections, classes, cut, columns=2):
     for example, (b, labels, scores) in zip(examples, detections):
         image, shown = example.image(), scores >= np.array([cut[classes[int(k)]] for k in labels], float)
         enlarge = 480 / max(image.shape[:2]) if max(image.shape[:2]) < 320 else 1.0
-        names = [*classes, *(f"({c})" for c in classes)]             # in brackets: difficult, does not count
-        pictures += [boxes(image, example.boxes, example.labels + len(classes) * example.difficult, names, enlarge=enlarge),
+        pictures += [boxes(image, example.boxes, example.labels, classes, enlarge=enlarge, bracket=example.difficult),
                      boxes(image, b[shown], labels[shown], classes, scores[shown], enlarge)]
         captions += [f"{example.name}: ground truth", f"{example.name}: detected"]
     return sheet(pictures, 2 * columns, captions)

@@ -44,10 +44,12 @@ def voc(detections, examples, classes, iou=0.5, eleven_point=False, strict=False
     A duplicate is not tried on a second object. recall = TP / non-difficult objects, precision = TP / (TP + FP), 0/0 = 0.
     detections: per image a tuple boxes (D, 4), labels (D,), scores (D,); examples: the tinydet.data.Example, same order.
     Returns {class name: ClassResult}; mean_ap() averages. A class without objects has AP NaN, one without detections AP 0.
-    Raises ValueError if the lists differ in length, or for NaN or infinity.
+    Raises ValueError if the lists differ in length, or for NaN or infinity. Labels beyond the classes are left out.
     """
     if len(detections) != len(examples):
         raise ValueError(f"evaluate.voc: there must be detections for each image, got {len(detections)} for {len(examples)} images")
+    for boxes, _, scores in detections:
+        checks.finite("evaluate.voc", boxes=np.asarray(boxes, float), scores=np.asarray(scores, float))
     results = {}
     for k, name in enumerate(classes):
         hit, score, positives = [np.zeros(0, int)], [np.zeros(0)], 0
@@ -56,7 +58,6 @@ def voc(detections, examples, classes, iou=0.5, eleven_point=False, strict=False
             positives += int((true & ~example.difficult).sum())
             s = np.asarray(scores, float)[mine]
             b = np.asarray(boxes, float).reshape(-1, 4)[mine]
-            checks.finite("evaluate.voc", boxes=b, scores=s)
             order = np.argsort(-s, kind="stable")
             hit.append(_match(b[order], example.boxes[true], example.difficult[true], iou, strict))
             score.append(s[order])
@@ -89,6 +90,13 @@ def mean_ap(results):
     """Mean AP over the classes that have objects; NaN if none has."""
     aps = [r.ap for r in results.values() if r.positives]
     return float(np.mean(aps)) if aps else float("nan")
+
+
+def summary(results):
+    """The APs as a JSON value: {"mean AP50": m, "AP50": {class: AP}}, None where undefined."""
+    mean = mean_ap(results)
+    return {"mean AP50": None if np.isnan(mean) else mean,
+            "AP50": {name: None if np.isnan(r.ap) else r.ap for name, r in results.items()}}
 
 
 def best_threshold(result):

@@ -126,7 +126,7 @@ def write_arrays(path, arrays, meta):
 def read_arrays(path):
     """Arrays and JSON value of a file that write_arrays made. Nothing is unpickled. Raises ValueError naming a file that is none."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as f, np.load(f, allow_pickle=False) as file:
             arrays = dict(file)
         return arrays, json.loads(str(arrays.pop("meta")))
     except FileNotFoundError:

@@ -1,0 +1,185 @@
+import io
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from numpy.testing import assert_array_equal
+from PIL import Image, ImageColor
+
+from tinydet import draw
+from tinydet.data import Example
+from tinydet.evaluate import ClassResult
+
+GREY = 100
+
+
+def grey(W=120, H=90):
+    return np.full((H, W, 3), GREY, np.uint8)
+
+
+def colour(label):
+    return ImageColor.getrgb(draw.COLOURS[label % len(draw.COLOURS)])
+
+
+@pytest.mark.parametrize("label", [0, 3, 12])
+@pytest.mark.parametrize("enlarge", [1.0, 2.0])
+def test_a_box_has_the_colour_of_its_class_at_its_border_pixels(label, enlarge):
+    """Box (x1, y1, x2, y2) covers the pixels x1 .. x2 - 1: the outline lies on the first and last of them."""
+    box = np.array([[30.0, 40, 80, 70]])
+    picture = np.asarray(draw.boxes(grey(), box, np.array([label]), [f"class {i}" for i in range(13)], enlarge=enlarge))
+    assert picture.shape == (90 * enlarge, 120 * enlarge, 3)
+    x1, y1, x2, y2 = (box[0] * enlarge).astype(int)
+    x, y = (x1 + x2) // 2, (y1 + y2) // 2
+    for x, y in [(x1, y1), (x2 - 1, y1), (x1, y2 - 1), (x2 - 1, y2 - 1), (x1, y), (x2 - 1, y), (x, y2 - 1)]:
+        assert tuple(picture[y, x]) == colour(label)
+    assert_array_equal(picture[y1 + 2:y2 - 2, x1 + 2:x2 - 2], GREY)         # nothing inside
+    assert_array_equal(picture[y2:], GREY)                                  # below,
+    assert_array_equal(picture[y1:, :x1], GREY)                             # left
+    assert_array_equal(picture[y1:, x2:], GREY)                             # and right of it
+    above = picture[:y1].reshape(-1, 3)
+    assert (above == colour(label)).all(1).sum() > 200 and (above > 220).all(1).any()       # the name in white on a plate
+
+
+def test_each_class_has_its_colour_and_scores_are_written():
+    boxes, labels = np.array([[10, 40, 40, 80], [60, 40, 100, 80]]), np.array([1, 0])
+    plain = np.asarray(draw.boxes(grey(), boxes, labels, ["cat", "dog"]))
+    assert tuple(plain[60, 10]) == colour(1) != colour(0) == tuple(plain[60, 60])
+    scored = np.asarray(draw.boxes(grey(), boxes, labels, ["cat", "dog"], np.array([0.5, 0.25])))
+    assert (scored != plain).any() and (scored[41:] == plain[41:]).all()
+    other = np.asarray(draw.boxes(grey(), boxes, labels, ["cat", "dog"], np.array([0.5, 0.75])))
+    assert (other[:, 50:] != scored[:, 50:]).any() and (other[:, :50] == scored[:, :50]).all()
+
+
+def test_no_boxes_and_boxes_at_and_beyond_the_border():
+    image = grey()
+    assert_array_equal(np.asarray(draw.boxes(image, np.zeros((0, 4)), np.zeros(0, int), [])), image)
+    edge = np.array([[0, 0, 120, 90], [-20, -20, 10, 10], [110, 80, 150, 120], [5, 5, 5, 5], [200, 200, 240, 240.0]])
+    picture = np.asarray(draw.boxes(image, edge, np.zeros(5, int), ["a rather long name"]))
+    assert picture.shape == image.shape and tuple(picture[89, 50]) == colour(0)
+    assert (image == GREY).all()                                            # the input stays whole
+    assert draw.boxes(grey(3, 2), np.array([[0, 0, 3, 2]]), np.array([0]), ["x"]).size == (3, 2)
+
+
+def test_sheet_is_a_grid():
+    pictures = [Image.new("RGB", (30, 20), c) for c in ("red", "lime", "blue")]
+    out = draw.sheet(pictures, 2, gap=6)
+    assert out.size == (2 * (30 + 6) + 6, 2 * 20 + 3 * 6)
+    for (x, y), c in {(6, 6): (255, 0, 0), (42, 6): (0, 255, 0), (6, 32): (0, 0, 255), (42, 32): (255, 255, 255)}.items():
+        assert_array_equal(np.asarray(out)[y:y + 20, x:x + 30], np.broadcast_to(c, (20, 30, 3)))
+    margin = np.asarray(out).copy()
+    for x, y in ((6, 6), (42, 6), (6, 32)):
+        margin[y:y + 20, x:x + 30] = 255
+    assert (margin == 255).all()
+
+
+def test_sheet_scales_to_one_width_and_has_captions():
+    pictures = [Image.new("RGB", (15, 20), "red"), Image.new("RGB", (30, 20), "lime")]
+    assert draw.sheet(pictures, 2, gap=6).size == (78, 40 + 12)             # the first becomes 30 x 40
+    assert draw.sheet(pictures, 1, gap=0).size == (30, 60)
+    captioned = draw.sheet(pictures, 2, ["a", ""], gap=6)
+    assert captioned.size == (78, 72)
+    line = np.asarray(captioned)[6:26]
+    assert (line[:, 6:36] < 128).any() and (line[:, 42:] == 255).all()      # black text above the first only
+    assert_array_equal(np.asarray(captioned)[26:66, 6:36], np.broadcast_to((255, 0, 0), (40, 30, 3)))
+
+
+def test_sheet_error():
+    with pytest.raises(ValueError, match=r"^draw\.sheet: pictures must hold at least one image, got none"):
+        draw.sheet([], 2)
+
+
+def test_detections_sheet_shows_what_reaches_the_cut():
+    image = grey(320, 320)
+    example = Example("one", image, (320, 320), np.array([[40.0, 60, 100, 120]]), np.array([0]), np.array([True]))
+    low, high = [150.0, 60, 200, 120], [220.0, 60, 280, 120]
+    found = np.array([low, high, low]), np.array([0, 0, 1]), np.array([0.4, 0.5, 0.4])
+    out = np.asarray(draw.detections_sheet([example], [found], ["cat", "dog"], {"cat": 0.5, "dog": float("inf")}))
+    assert out.shape == (20 + 320 + 12, 4 * 326 + 6, 3)
+    true, shown = out[26:346, 6:326], out[26:346, 332:652]
+    assert (true[90, 40] != GREY).any() and (true[90, 150:] == GREY).all()
+    assert tuple(shown[90, 220]) == colour(0) and (shown[90, :220] == GREY).all()
+    none = np.zeros((0, 4)), np.zeros(0, int), np.zeros(0)
+    assert draw.detections_sheet([example] * 3, [none] * 3, ["cat"], {"cat": 0.5}, columns=1).height == 3 * 346 + 6
+    small = Example("two", grey(60, 48), (60, 48), np.zeros((0, 4)), np.zeros(0, int), np.zeros(0, bool))
+    assert draw.detections_sheet([small], [none], ["cat"], {}).width == 4 * 486 + 6         # enlarged to 480
+
+
+@pytest.mark.parametrize("ending, format", [("png", "PNG"), ("jpg", "JPEG"), ("webp", "WEBP")])
+def test_save_leaves_the_picture_and_nothing_else(tmp_path, ending, format):
+    path = tmp_path / f"a.b.{ending}"
+    path.write_bytes(b"old")
+    draw.save(Image.new("RGB", (9, 7), "red"), path)
+    with Image.open(path) as image:
+        assert (image.format, image.size) == (format, (9, 7))
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("of, method", [(Image.Image, "save"), (Figure, "savefig")])
+@pytest.mark.parametrize("old", [None, b"old"])
+def test_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch, of, method, old):
+    path = tmp_path / "a.png"
+    if old:
+        path.write_bytes(old)
+
+    def half(self, target, *args, **options):
+        with open(target, "wb") as f:
+            f.write(b"half a pic")
+        raise OSError("no space left on device")
+    monkeypatch.setattr(of, method, half)
+    with pytest.raises(OSError, match="no space left"):
+        draw.save(Image.new("RGB", (9, 7)) if of is Image.Image else Figure(), path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == ({"a.png": old} if old else {})
+
+
+def test_save_refuses_an_unknown_ending(tmp_path):
+    with pytest.raises(ValueError, match="unknown file extension"):
+        draw.save(Image.new("RGB", (9, 7)), tmp_path / "a.nonsense")
+    assert list(tmp_path.iterdir()) == []
+
+
+def lines(path_to_figure, monkeypatch):
+    """What a function of draw plots: name -> (x, y), and the picture that it saves."""
+    figures = []
+    save = draw.save
+    monkeypatch.setattr(draw, "save", lambda figure, path: (figures.append(figure), save(figure, path)))
+    path_to_figure()
+    (axes,) = figures[0].axes
+    assert [t.get_text() for t in axes.get_legend().get_texts()] == [line.get_label() for line in axes.lines]
+    return {line.get_label(): line.get_data() for line in axes.lines}
+
+
+def readable(path):
+    with Image.open(io.BytesIO(path.read_bytes())) as image:
+        image.load()
+        assert image.format == "PNG" and min(image.size) > 300
+        return len(np.unique(np.asarray(image.convert("L")))) > 10          # not one blank sheet
+
+
+def test_loss_curves_draw_the_mean_of_the_last_25(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    records = [{"step": i + 1, "lr": 0.1, "loss": float(a), "box": float(b)} for i, (a, b) in enumerate(rng.random((60, 2)))]
+    found = lines(lambda: draw.loss_curves(records, ("loss", "box"), tmp_path / "a.png"), monkeypatch)
+    assert set(found) == {"loss", "box"} and readable(tmp_path / "a.png")
+    for name, (x, y) in found.items():
+        assert_array_equal(x, np.arange(1, 61))
+        expected = [np.mean([r[name] for r in records[max(0, i - 24):i + 1]]) for i in range(60)]
+        np.testing.assert_allclose(y, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_loss_curves_of_hardly_any_steps(tmp_path, count):
+    draw.loss_curves([{"step": 1, "loss": 2.0}] * count, ("loss",), tmp_path / "a.png", "a title")
+    assert readable(tmp_path / "a.png") and [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_precision_recall_also_without_detections_or_objects(tmp_path, monkeypatch):
+    empty = np.zeros(0)
+    results = {"a": ClassResult(0.75, 2, np.array([1, 1, 2 / 3]), np.array([0.5, 1, 1]), np.array([0.9, 0.7, 0.2])),
+               "no detections": ClassResult(0.0, 3, empty, empty, empty),
+               "no objects": ClassResult(float("nan"), 0, np.zeros(1), np.zeros(1), np.ones(1)),
+               "neither": ClassResult(float("nan"), 0, empty, empty, empty)}
+    found = lines(lambda: draw.precision_recall(results, tmp_path / "a.png"), monkeypatch)
+    assert list(found) == ["a (AP 0.750)", "no detections (AP 0.000)", "no objects (AP nan)", "neither (AP nan)"]
+    assert_array_equal(found["a (AP 0.750)"], [[0, 0.5, 1, 1], [1, 1, 1, 2 / 3]])           # from recall 0 on
+    assert len(found["no detections (AP 0.000)"][0]) == len(found["neither (AP nan)"][0]) == 0
+    assert readable(tmp_path / "a.png") and [p.name for p in tmp_path.iterdir()] == ["a.png"]
