@@ -9,6 +9,7 @@ loss.png, precision_recall.png, detections.png, results.json. A run that was sto
 import argparse
 import json
 import sys
+import time
 from pathlib import Path
 
 import tinydet                                                      # before numpy: sets how BLAS threads wait
@@ -18,27 +19,35 @@ from tinydet import data, draw, evaluate, optim, scenes, train
 from tinydet.models import overfeat
 
 
+def count(text):
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
+    return int(text)
+
+
 def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a = parser.add_argument
     a("--data", metavar="FOLDER", help="a PASCAL VOC folder (default: embedded scenes)")
     a("--train-set", default="train", help="image set to train on (%(default)s)")
     a("--eval-set", default="val", help="image set to evaluate; without a val list, a seeded fifth of the training set (%(default)s)")
-    a("--steps", type=int, help="training steps (scenes 600, folders 1200)")
-    a("--batch", type=int, default=16, help="crops a step (%(default)s)")
-    a("--crop", type=int, default=128, help="side of a crop in pixels (%(default)s)")
-    a("--window", type=int, metavar="PIXELS", help="side of the window, a multiple of 8 (default: from the training boxes)")
-    a("--lr", type=float, default=0.05, help="largest learning rate (%(default)s)")
+    a("--steps", type=count, help="training steps (scenes 600, folders 800)")
+    a("--batch", type=count, default=32, help="crops a step (%(default)s)")
+    a("--crop", type=count, metavar="PIXELS", help="side of a crop (default: three windows)")
+    a("--window", type=count, metavar="PIXELS", help="side of the window, a multiple of 8 (default: from the training boxes)")
+    a("--near-object", type=float, default=0.8, help="share of the crops that hold a fitting object (%(default)s)")
+    a("--lr", type=float, default=0.07, help="largest learning rate (%(default)s)")
     a("--merging", choices=("merge", "nms"), default="merge", help="how boxes are combined (%(default)s)")
-    a("--threshold", type=float, help="of the match score (merge, 0.5) or of IoU (nms, 0.3)")
-    a("--seed", type=int, default=0)
+    a("--threshold", type=float, help="of the match score (merge, 0.6) or of IoU (nms, 0.45)")
+    a("--seed", type=int, default=0, help="of weights, crops and order (%(default)s)")
     a("--backend", choices=tinydet.backend.BACKENDS, default="numba")
+    a("--checkpoint-every", type=count, default=50, metavar="STEPS", help="(%(default)s)")
     a("--name", default="overfeat", help="name of the run (%(default)s)")
     a("--out", default="runs", metavar="FOLDER", help="where run folders lie (%(default)s)")
     a("--resume", action="store_true", help="continue the run of this name")
     args = parser.parse_args(argv)
-    args.steps = args.steps or (1200 if args.data else 600)
-    args.threshold = args.threshold if args.threshold is not None else {"merge": 0.5, "nms": 0.3}[args.merging]
+    args.steps = args.steps or (800 if args.data else 600)
+    args.threshold = args.threshold if args.threshold is not None else {"merge": 0.6, "nms": 0.45}[args.merging]
     return args
 
 
@@ -53,9 +62,12 @@ def read(args):
 
 
 def main(args, put):
-    run = train.Run(Path(args.out) / args.name, {k: v for k, v in vars(args).items() if k not in ("out", "resume")}, args.resume)
+    start = time.perf_counter()
     examples, held_out, classes = read(args)
     spec = overfeat.spec_for(examples, classes, args.window)
+    side = args.crop or 3 * spec.window
+    config = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "checkpoint_every")}
+    run = train.Run(Path(args.out) / args.name, config, args.resume)
     net = overfeat.OverFeat(spec, np.random.default_rng(args.seed))
     print(f"{len(examples)} training and {len(held_out)} evaluation images, {len(classes)} classes, window {spec.window}, scales "
           + " ".join(f"{s:.2f}" for s in spec.scales) + f", {sum(w.size for w in net.params.values()):,} parameters", flush=True)
@@ -63,7 +75,7 @@ def main(args, put):
     def step(i):
         rng = np.random.default_rng([args.seed, i])
         batch = rng.choice(len(examples), args.batch, replace=len(examples) < args.batch)
-        images, targets = zip(*(overfeat.training_view(spec, examples[j], rng, args.crop) for j in batch))
+        images, targets = zip(*(overfeat.training_view(spec, examples[j], rng, side, args.near_object) for j in batch))
         offset = tuple(rng.integers(spec.pool, size=2))             # one offset of the last pooling a step: coarse stride
         scores, edges, cache = net.forward(put(net.normalise(np.stack(images))), train=True, rng=rng, offset=offset)
         values, dscores, dedges = overfeat.loss(spec, scores, edges, targets, rng, offset=offset)
@@ -71,7 +83,8 @@ def main(args, put):
         return values
 
     optimizer = optim.SGD(net, momentum=0.9, weight_decay=1e-4)
-    train.fit(run, net, optimizer, optim.cosine_schedule(args.lr, args.steps, args.steps // 20), args.steps, step)
+    train.fit(run, net, optimizer, optim.cosine_schedule(args.lr, args.steps, args.steps // 20), args.steps, step,
+              args.checkpoint_every)
 
     combining = {"merging": args.merging, "threshold": args.threshold}
     detections = [overfeat.detect(net, e.image(), **combining) for e in train.progress(held_out, desc="evaluate", unit="image")]
@@ -79,7 +92,7 @@ def main(args, put):
     cut = {name: evaluate.best_threshold(r) for name, r in results.items()}
     overfeat.save(net, run.folder / "weights.npz", {**combining, "cut": cut})
     train.write(run.folder / "results.json", json.dumps(
-        {"mean AP50": evaluate.mean_ap(results), "AP50": {name: r.ap for name, r in results.items()}, "set": args.eval_set}, indent=1))
+        {"set": args.eval_set, **evaluate.summary(results), "seconds": round(time.perf_counter() - start)}, indent=1) + "\n")
     draw.loss_curves(run.metrics(), ("loss", "class_loss", "box_loss"), run.folder / "loss.png")
     draw.precision_recall(results, run.folder / "precision_recall.png", f"{args.name}: {args.eval_set}, IoU 0.5")
     draw.save(draw.detections_sheet(held_out[:8], detections[:8], classes, cut), run.folder / "detections.png")

@@ -61,6 +61,7 @@ class OverFeat(Composite):
             classifier=Sequential(*conv(D, spec.hidden, spec.k), Dropout(spec.dropout),
                                   Conv2D(spec.hidden, len(spec.classes) + 1, 1, rng=rng, std=0.01, dtype=dtype)),
             regressor=Sequential(*conv(D, spec.hidden, spec.k), Conv2D(spec.hidden, 4, 1, rng=rng, std=0.01, dtype=dtype)))
+        self.params["regressor.3.b"][...] = (0, 0, 1, 1)            # untrained, each window answers with itself
 
     def normalise(self, images):
         """uint8 images (N, H, W, 3) as the float array the net takes."""
@@ -132,7 +133,7 @@ def assign(windows, boxes, labels, background, positive=0.5, negative=0.3, visib
 
     label: class of the box of largest IoU if that is >= positive; `background` if it is < negative; else -1, not trained.
     A box is regressed where IoU >= negative and at least `visible` of its area lies in the window (the paper's 50 % rule).
-    windows: (M, 4), boxes: (R, 4) float64, labels: (R,). Returns labels (M,) int64, edges (M, 4), regress (M,) bool.
+    windows: (M, 4), boxes: (R, 4) float64, labels: (R,), -1 for a difficult object: windows at it are not trained. Returns labels (M,) int64, edges (M, 4), regress (M,) bool.
     Ties go to the first box; without boxes all is background.
     """
     answer = np.full(len(windows), background, np.int64)
@@ -145,7 +146,7 @@ def assign(windows, boxes, labels, background, positive=0.5, negative=0.3, visib
     answer[overlap >= negative] = -1
     answer[overlap >= positive] = labels[best][overlap >= positive]
     seen = box_ops.intersection(windows, boxes)[row, best] / box_ops.area(boxes)[best]
-    return answer, encode(windows, boxes[best]), (overlap >= negative) & (seen >= visible)
+    return answer, encode(windows, boxes[best]), (overlap >= negative) & (seen >= visible) & (labels[best] >= 0)
 
 
 def select(labels, p_background, background, rng, most=64, ratio=3, least=8):
@@ -223,20 +224,24 @@ def spec_for(examples, classes, window=None, most=64, least=24, ratio=1.4, **mor
     return Spec(tuple(classes), tuple(float(cell * k / side) for side in covered), k, mean=mean, std=std, **more)
 
 
-def training_view(spec, example, rng, size, near_object=0.5, jitter=None):
+def training_view(spec, example, rng, size, near_object=0.8):
     """One square crop of a training image at one of the scales: image uint8 (size, size, 3) and its target for loss().
 
     The scale is drawn uniformly, times a factor within half a step to the next scale; the crop's place uniformly, or, with
     probability near_object, such that an object of about the window's size lies in it whole. Half of the crops are mirrored.
-    Boxes of which less than a quarter of the area lies in the crop are left out: a window there sees too little of them.
+    size: pixels, at least window + jump * pool. Target: all boxes in pixels of the crop, also those that reach
+    out of it, label -1 for difficult ones, and the place of the whole image in the crop.
     """
-    boxes, labels = example.usable()
+    if size < spec.window + spec.jump * spec.pool:
+        raise ValueError(f"overfeat.training_view: a crop must be at least {spec.window + spec.jump * spec.pool} pixels wide, for a window "
+                         f"of {spec.window} at every offset, got {size}")
+    boxes, labels = example.boxes, np.where(example.difficult, -1, example.labels)
     index = rng.integers(len(spec.scales))
     step = 1.4 if len(spec.scales) < 2 else spec.scales[0] / spec.scales[1]
     scale = spec.scales[index] * step ** rng.uniform(-0.5, 0.5)
     reach, side = size / scale, spec.window / scale                      # of crop and window, in pixels of the image
     sides = np.sqrt(box_ops.area(boxes))
-    fitting = np.flatnonzero((sides > side / step) & (sides < side * step))
+    fitting = np.flatnonzero((sides > side / step) & (sides < side * step) & (labels >= 0))
     corner = []
     near = len(fitting) and rng.random() < near_object
     box = boxes[rng.choice(fitting)] if near else None

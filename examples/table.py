@@ -1,0 +1,45 @@
+"""Mean and spread over runs that differ in the seed alone: the tables in README.
+
+    python examples/table.py runs/cells-0 runs/cells-1 runs/cells-2 --json results.json
+
+Prints AP50 of each class and their mean, each as mean, standard deviation (n - 1) and the single runs, and the wall time.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from tinydet import train
+
+
+def main(args):
+    configs = [train.read_json(Path(run) / "config.json") for run in args.runs]
+    results = [train.read_json(Path(run) / "results.json") for run in args.runs]
+    for run, config in zip(args.runs, configs):
+        if changed := [k for k in config if k not in ("seed", "name") and config[k] != configs[0].get(k)]:
+            raise ValueError(f"table: runs must differ in the seed alone, got another {', '.join(changed)} in {run}")
+    rows = {name: [r["AP50"][name] for r in results] for name in results[0]["AP50"]}
+    rows["mean"] = [r["mean AP50"] for r in results]
+    seconds = [r["seconds"] for r in results]
+    print(f"{len(results)} runs, set {results[0]['set']}, AP50: mean, standard deviation, single runs")
+    for name, values in rows.items():
+        values = np.array(values, float)                            # None (a class without objects) becomes NaN
+        spread = np.std(values, ddof=1) if len(values) > 1 else 0.0
+        print(f"{name:12} {np.mean(values):.3f}  {spread:.3f}   " + " ".join(f"{v:.3f}" for v in values))
+    print(f"seconds      {np.mean(seconds):.0f}           " + " ".join(str(s) for s in seconds))
+    if args.json:
+        settings = {k: v for k, v in configs[0].items() if k not in ("seed", "name", "data")}
+        train.write(args.json, json.dumps({"set": results[0]["set"], "seeds": [c["seed"] for c in configs], "AP50": rows,
+                                           "seconds": seconds, "settings": settings}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", help="run folders")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures here")
+    try:
+        main(parser.parse_args())
+    except (ValueError, OSError, KeyError) as error:
+        sys.exit(f"error: {error}")

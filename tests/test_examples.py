@@ -1,0 +1,171 @@
+"""The example programs as a user runs them: as processes, on a small VOC folder."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+from PIL import Image
+
+from tinydet import data, scenes, train
+from tinydet.models import overfeat
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+TINY = ["--steps", "6", "--batch", "2", "--checkpoint-every", "2", "--window", "24"]
+
+
+def command(program, *args):
+    return [sys.executable, str(EXAMPLES / program), *map(str, args)]
+
+
+def run(program, *args, cwd, code=0):
+    done = subprocess.run(command(program, *args), cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stderr[-2000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def voc(tmp_path_factory):
+    """A VOC folder of ten scenes: train has eight, val two."""
+    folder = tmp_path_factory.mktemp("voc")
+    for part in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (folder / part).mkdir(parents=True)
+    examples = scenes.scenes(10, seed=1)
+    for e in examples:
+        Image.fromarray(e.image()).save(folder / "JPEGImages" / f"{e.name}.png")
+        objects = "".join(
+            f"<object><name>{scenes.CLASSES[label]}</name><difficult>{int(d)}</difficult><bndbox><xmin>{b[0] + 1}</xmin>"
+            f"<ymin>{b[1] + 1}</ymin><xmax>{b[2]}</xmax><ymax>{b[3]}</ymax></bndbox></object>"
+            for b, label, d in zip(e.boxes, e.labels, e.difficult))
+        (folder / "Annotations" / f"{e.name}.xml").write_text(
+            f"<annotation><size><width>{e.size[0]}</width><height>{e.size[1]}</height></size>{objects}</annotation>")
+    # every class of val must be known from train: the two scenes with the fewest classes are val
+    order = sorted(examples, key=lambda e: len(set(e.labels)))
+    rest = {k for e in order[2:] for k in e.labels}
+    assert {k for e in order[:2] for k in e.labels} <= rest
+    (folder / "ImageSets/Main/train.txt").write_text("\n".join(e.name for e in order[2:]) + "\n")
+    (folder / "ImageSets/Main/val.txt").write_text("\n".join(e.name for e in order[:2]) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(voc, tmp_path_factory):
+    cwd = tmp_path_factory.mktemp("trained")
+    done = run("overfeat.py", "--data", voc, "--name", "a", *TINY, cwd=cwd)
+    return cwd, done
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Weights of an untrained net that is sure of itself: it detects something everywhere."""
+    net = overfeat.OverFeat(overfeat.Spec(scenes.CLASSES, (1.0, 0.5), k=3), np.random.default_rng(0))
+    net.params["classifier.4.w"][...] *= 100
+    path = tmp_path_factory.mktemp("weights") / "weights.npz"
+    overfeat.save(net, path, {"merging": "merge", "threshold": 0.6, "cut": {name: 0.5 for name in scenes.CLASSES}})
+    return path
+
+
+def test_training_leaves_everything_in_the_run_folder(trained):
+    cwd, done = trained
+    folder = cwd / "runs" / "a"
+    assert {p.name for p in folder.iterdir()} == {"config.json", "metrics.jsonl", "checkpoint.npz", "weights.npz", "results.json",
+                                                  "loss.png", "precision_recall.png", "detections.png"}
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6] and all(np.isfinite(r["loss"]) for r in records)
+    results = json.loads((folder / "results.json").read_text())
+    assert results["set"] == "val" and 0 <= results["mean AP50"] <= 1
+    assert "mean" in done.stdout and "loss=" in done.stderr         # the table, and the bar with the loss
+    for name in ("loss", "precision_recall", "detections"):
+        with Image.open(folder / f"{name}.png") as picture:
+            assert min(picture.size) > 200
+
+
+def test_a_killed_run_resumes_to_the_same_bits(voc, trained, tmp_path):
+    """Kill the process for good once it has passed a checkpoint; --resume must end with the weights of the undisturbed run."""
+    args = ["--data", voc, "--name", "a", *TINY]
+    process = subprocess.Popen(command("overfeat.py", *args), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    folder, end = tmp_path / "runs" / "a", time.time() + 200
+    while not (folder / "checkpoint.npz").exists():
+        assert process.poll() is None and time.time() < end
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (folder / "results.json").exists()
+    run("overfeat.py", *args, "--resume", cwd=tmp_path)
+    whole = trained[0] / "runs" / "a"
+    for name in ("weights.npz", "checkpoint.npz"):
+        (a, meta_a), (b, meta_b) = train.read_arrays(whole / name), train.read_arrays(folder / name)
+        assert meta_a == meta_b and a.keys() == b.keys()
+        for key in a:
+            assert_array_equal(a[key], b[key], err_msg=key)
+    assert (whole / "metrics.jsonl").read_text() == (folder / "metrics.jsonl").read_text()
+
+
+def test_runs_are_not_overwritten_and_resume_keeps_the_settings(voc, trained):
+    cwd, _ = trained
+    assert "holds a run already" in run("overfeat.py", "--data", voc, "--name", "a", *TINY, cwd=cwd, code=1).stderr
+    other = run("overfeat.py", "--data", voc, "--name", "a", *TINY, "--lr", "0.5", "--resume", cwd=cwd, code=1)
+    assert "lr was 0.07, is 0.5" in other.stderr
+    assert "no run to resume" in run("overfeat.py", "--name", "none", "--resume", cwd=cwd, code=1).stderr
+
+
+def test_wrong_folders_are_named(tmp_path):
+    done = run("overfeat.py", "--data", tmp_path, cwd=tmp_path, code=1)
+    assert done.stderr.startswith("error: ") and "Annotations" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_detect_draws_and_prints(voc, weights, tmp_path):
+    pictures = sorted((voc / "JPEGImages").iterdir())[:2]
+    done = run("detect.py", "--weights", weights, *pictures, cwd=tmp_path)
+    for picture in pictures:
+        assert str(picture) in done.stdout
+        with Image.open(tmp_path / "detections" / f"{picture.stem}.png") as drawn, Image.open(picture) as original:
+            assert drawn.size == original.size and np.any(np.asarray(drawn) != np.asarray(original))
+
+
+def test_detect_gives_json(voc, weights, tmp_path):
+    pictures = sorted((voc / "JPEGImages").iterdir())[:2]
+    records = json.loads(run("detect.py", "--weights", weights, "--json", *pictures, cwd=tmp_path).stdout)
+    assert {r["image"] for r in records} == {p.stem for p in pictures}
+    for r in records:
+        assert set(r) == {"image", "class", "box", "score"} and r["class"] in scenes.CLASSES
+        x1, y1, x2, y2 = r["box"]
+        assert 0 <= x1 < x2 <= 192 and 0 <= y1 < y2 <= 192
+    net, _ = overfeat.load(weights)
+    boxes, labels, scores = overfeat.detect(net, data.read_image(pictures[0]), merging="merge", threshold=0.6)
+    first = [r for r in records if r["image"] == pictures[0].stem]
+    assert_allclose([r["box"] for r in first], boxes)
+    assert [r["class"] for r in first] == [scenes.CLASSES[k] for k in labels]
+    run("detect.py", "--weights", weights, "--json", "out.json", *pictures, cwd=tmp_path)
+    assert json.loads((tmp_path / "out.json").read_text()) == records
+    middle = float(np.median([r["score"] for r in records]))
+    last = run("detect.py", "--weights", weights, *pictures, "--json", "--min-score", middle, cwd=tmp_path)
+    assert json.loads(last.stdout) == [r for r in records if r["score"] >= middle] != records
+    assert not (tmp_path / "detections").exists()
+
+
+def test_detect_names_what_is_wrong(weights, tmp_path):
+    text = tmp_path / "text.jpg"
+    text.write_text("no picture")
+    for args, message in ((["--weights", weights, text], "text.jpg must be a readable image"),
+                          (["--weights", weights, tmp_path / "none.jpg"], "there is no file"),
+                          (["--weights", text, text], "text.jpg must be a weights or checkpoint file"),
+                          (["--weights", tmp_path / "none.npz", text], "there is no file")):
+        done = run("detect.py", *args, cwd=tmp_path, code=1)
+        assert message in done.stderr and "Traceback" not in done.stderr
+    assert "name at least one image" in run("detect.py", "--weights", weights, cwd=tmp_path, code=2).stderr
+    assert "more than once" in run("detect.py", "--weights", weights, "a/x.jpg", "b/x.png", cwd=tmp_path, code=2).stderr
+
+
+def test_table_of_runs(trained):
+    cwd, _ = trained
+    done = run("table.py", "runs/a", "runs/a", "--json", "t.json", cwd=cwd)
+    table, results = json.loads((cwd / "t.json").read_text()), json.loads((cwd / "runs" / "a" / "results.json").read_text())
+    assert table["AP50"]["mean"] == [results["mean AP50"]] * 2 and table["seeds"] == [0, 0]
+    assert "2 runs, set val" in done.stdout
