@@ -15,7 +15,7 @@ from pathlib import Path
 import tinydet                                                      # before numpy: sets how BLAS threads wait
 import numpy as np
 
-from tinydet import data, draw, train
+from tinydet import data, draw, files, train
 from tinydet.models import overfeat
 
 
@@ -64,7 +64,7 @@ def main(args):
         json.dump(records, sys.stdout)
         print()
     elif args.json:
-        train.write(args.json, json.dumps(records))
+        files.write(args.json, json.dumps(records))
     return records
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import tinydet                                                      # before numpy: sets how BLAS threads wait
 import numpy as np
 
-from tinydet import data, draw, evaluate, optim, scenes, train
+from tinydet import data, draw, evaluate, files, optim, scenes, train
 from tinydet.models import overfeat
 
 
@@ -91,7 +91,7 @@ def main(args, put):
     results = evaluate.voc(detections, held_out, classes)
     cut = {name: evaluate.best_threshold(r) for name, r in results.items()}
     overfeat.save(net, run.folder / "weights.npz", {**combining, "cut": cut})
-    train.write(run.folder / "results.json", json.dumps(
+    files.write(run.folder / "results.json", json.dumps(
         {"set": args.eval_set, **evaluate.summary(results), "seconds": round(time.perf_counter() - start)}, indent=1) + "\n")
     draw.loss_curves(run.metrics(), ("loss", "class_loss", "box_loss"), run.folder / "loss.png")
     draw.precision_recall(results, run.folder / "precision_recall.png", f"{args.name}: {args.eval_set}, IoU 0.5")

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from tinydet import train
+from tinydet import files
 
 
 def main(args):
-    configs = [train.read_json(Path(run) / "config.json") for run in args.runs]
-    results = [train.read_json(Path(run) / "results.json") for run in args.runs]
+    configs = [files.read_json(Path(run) / "config.json") for run in args.runs]
+    results = [files.read_json(Path(run) / "results.json") for run in args.runs]
     for run, config in zip(args.runs, configs):
         if changed := [k for k in config if k not in ("seed", "name") and config[k] != configs[0].get(k)]:
             raise ValueError(f"table: runs must differ in the seed alone, got another {', '.join(changed)} in {run}")
@@ -31,7 +31,7 @@ def main(args):
     print(f"seconds      {np.mean(seconds):.0f}           " + " ".join(str(s) for s in seconds))
     if args.json:
         settings = {k: v for k, v in configs[0].items() if k not in ("seed", "name", "data")}
-        train.write(args.json, json.dumps({"set": results[0]["set"], "seeds": [c["seed"] for c in configs], "AP50": rows,
+        files.write(args.json, json.dumps({"set": results[0]["set"], "seeds": [c["seed"] for c in configs], "AP50": rows,
                                            "seconds": seconds, "settings": settings}, indent=1) + "\n")
 
 

@@ -12,7 +12,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
-from tinydet import data, scenes, train
+from tinydet import data, files, scenes
 from tinydet.models import overfeat
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -99,7 +99,7 @@ def test_a_killed_run_resumes_to_the_same_bits(voc, trained, tmp_path):
     run("overfeat.py", *args, "--resume", cwd=tmp_path)
     whole = trained[0] / "runs" / "a"
     for name in ("weights.npz", "checkpoint.npz"):
-        (a, meta_a), (b, meta_b) = train.read_arrays(whole / name), train.read_arrays(folder / name)
+        (a, meta_a), (b, meta_b) = files.read_arrays(whole / name), files.read_arrays(folder / name)
         assert meta_a == meta_b and a.keys() == b.keys()
         for key in a:
             assert_array_equal(a[key], b[key], err_msg=key)

@@ -5,7 +5,7 @@ from hypothesis import given, strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
 from conftest import BACKENDS
-from tinydet import data, evaluate, layers, optim, scenes, train, use
+from tinydet import data, evaluate, files, optim, scenes, use
 from tinydet.models import overfeat
 from tinydet.ops import boxes as box_ops, conv, merge, nms, offset_pool, relu, softmax_loss
 
@@ -376,7 +376,7 @@ def test_files_that_hold_no_net_are_refused(tmp_path):
             ({}, {**good, "spec": {"colour": 3}}, "must describe an OverFeat net"),
             (net.arrays(), good, r"w.npz: \S+ must have shape"),
             ({}, good, "w.npz lacks the array")):
-        train.write_arrays(path, arrays, meta)
+        files.write_arrays(path, arrays, meta)
         with pytest.raises(ValueError, match=message):
             overfeat.load(path)
     with pytest.raises(FileNotFoundError, match="there is no file"):

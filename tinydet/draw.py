@@ -1,9 +1,8 @@
 """Pictures: boxes on images, sheets of examples, curves. Pillow draws the images, matplotlib (extra `examples`) the curves."""
-import os
-from pathlib import Path
-
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from tinydet import files
 
 COLOURS = ("#e6194b", "#1f8f3a", "#2f55d4", "#f58231", "#911eb4", "#00868b", "#b8860b", "#d1157f", "#556b2f", "#6b4226")
 
@@ -70,13 +69,8 @@ def detections_sheet(examples, detections, classes, cut, columns=2):
 
 def save(picture, path):
     """Write a Pillow image or a matplotlib figure to path (its ending names the format), whole or not at all."""
-    path = Path(path)
-    part = path.with_name(f".{path.stem}.part{path.suffix}")
-    try:
+    with files.whole(path) as part:
         (picture.save if isinstance(picture, Image.Image) else picture.savefig)(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _axes(xlabel, ylabel, title):

@@ -1,11 +1,9 @@
 """The training loop, and the run folder that survives being killed: settings, metrics log, checkpoint."""
 import json
 import math
-import os
 from pathlib import Path
 
-import numpy as np
-
+from tinydet.files import read_arrays, read_json, write, write_arrays
 from tinydet.layers import load
 
 
@@ -91,45 +89,3 @@ class Run:
         for name, value in optimizer.state.items():
             value[...] = arrays[f"optimizer/{name}"]
         return meta["steps"]
-
-
-def write(path, content):
-    """Write text or bytes to path, whole or not at all: into a file beside it, forced to disk, then moved into place."""
-    path = Path(path)
-    part = path.with_name(f".{path.name}.part")
-    with part.open("wb") as f:
-        f.write(content.encode() if isinstance(content, str) else content)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
-
-
-def read_json(path):
-    """The JSON value in a file. Raises ValueError naming the file if it is none."""
-    try:
-        return json.loads(Path(path).read_text())
-    except ValueError as error:
-        raise ValueError(f"train.read_json: {path} must be JSON, got: {error}") from None
-
-
-def write_arrays(path, arrays, meta):
-    """Write named arrays and a JSON value to an .npz file, whole or not at all."""
-    path = Path(path)
-    part = path.with_name(f".{path.name}.part")
-    with part.open("wb") as f:
-        np.savez(f, **arrays, meta=np.array(json.dumps(meta)))
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
-
-
-def read_arrays(path):
-    """Arrays and JSON value of a file that write_arrays made. Nothing is unpickled. Raises ValueError naming a file that is none."""
-    try:
-        with open(path, "rb") as f, np.load(f, allow_pickle=False) as file:
-            arrays = dict(file)
-        return arrays, json.loads(str(arrays.pop("meta")))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"train.read_arrays: there is no file {path}") from None
-    except Exception as error:          # a damaged file: zipfile, zlib and NumPy raise a dozen kinds
-        raise ValueError(f"train.read_arrays: {path} must be a weights or checkpoint file of tinydet, got: {error}") from None

@@ -14,8 +14,8 @@ import numpy as np
 from tinydet import layers
 from tinydet.backend import array_module, to_numpy
 from tinydet.data import flip, mean_std, view
+from tinydet.files import read_arrays, write_arrays
 from tinydet.layers import BatchNorm, Composite, Conv2D, Dropout, MaxPool, ReLU, Sequential
-from tinydet.train import read_arrays, write_arrays
 from tinydet.ops import box_loss, boxes as box_ops, max_pool, merge, nms, offset_pool, softmax_loss
 
 

@@ -92,7 +92,7 @@ def _forward_numba(x, w, b, stride, pad, dilation):
 
 
 def _backward_numba(dy, x, w, stride, pad, dilation, need_dx):
-    (N, H, W, C), (kh, kw, _, Cout) = x.shape, w.shape
+    N, C, (kh, kw, _, Cout) = len(x), x.shape[3], w.shape
     dy = np.ascontiguousarray(dy)
     flat, matrix = dy.reshape(-1, Cout), np.ascontiguousarray(w).reshape(-1, Cout)
     dw = np.zeros_like(matrix)

@@ -1,0 +1,31 @@
+"""README is true: its code prints what it says, its files exist."""
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_ten_lines_print_what_readme_says():
+    code, output = re.search(r"```python\n(.*?)```\n\nprints\n\n```\n(.*?)```", README, re.S).groups()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert done.stdout == output, done.stderr[-2000:]
+
+
+def test_files_that_readme_names_exist():
+    named = set(re.findall(r"\]\(([\w./-]+)\)", README)) | {
+        p for p in re.findall(r"(?<![\w/])((?:tinydet|examples|kernels|tests)/[\w./-]*[\w/])", README)}
+    named |= {f"tinydet/{p}" for p in re.findall(r"`(ops/\w+\.py)`", README)}
+    assert len(named) > 8
+    for name in sorted(named):
+        assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("program", sorted(p.name for p in (ROOT / "examples").glob("*.py")))
+def test_every_example_tells_how_it_is_used(program):
+    done = subprocess.run([sys.executable, str(ROOT / "examples" / program), "--help"], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and f"python examples/{program}" in done.stdout and f"examples/{program}" in README
