@@ -2,7 +2,8 @@
 
     python examples/table.py runs/cells-0 runs/cells-1 runs/cells-2 --json results.json
 
-Prints AP50 of each class and their mean, each as mean, standard deviation (n - 1) and the single runs, and the wall time.
+Prints AP50 of each class and their mean, each as mean, standard deviation (n - 1) and the single runs, and the wall time
+(of the last process, if a run was resumed); and what was wrong at the score of best F1: tinydet.evaluate.errors.
 """
 import argparse
 import json
@@ -28,11 +29,16 @@ def main(args):
         values = np.array(values, float)                            # None (a class without objects) becomes NaN
         spread = np.std(values, ddof=1) if len(values) > 1 else 0.0
         print(f"{name:12} {np.mean(values):.3f}  {spread:.3f}   " + " ".join(f"{v:.3f}" for v in values))
+    errors = {name: {kind: float(np.mean([r["errors"][name][kind] for r in results])) for kind in kinds}
+              for name, kinds in results[0]["errors"].items()}
+    print("errors at the score of best F1 (mean of the runs)")
+    for name, kinds in errors.items():
+        print(f"{name:12} " + ", ".join(f"{kind} {count:.0f}" for kind, count in kinds.items()))
     print(f"seconds      {np.mean(seconds):.0f}           " + " ".join(str(s) for s in seconds))
     if args.json:
         settings = {k: v for k, v in configs[0].items() if k not in ("seed", "name", "data")}
         files.write(args.json, json.dumps({"set": results[0]["set"], "seeds": [c["seed"] for c in configs], "AP50": rows,
-                                           "seconds": seconds, "settings": settings}, indent=1) + "\n")
+                                           "errors": errors, "seconds": seconds, "settings": settings}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

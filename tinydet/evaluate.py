@@ -99,6 +99,33 @@ def summary(results):
             "AP50": {name: None if np.isnan(r.ap) else r.ap for name, r in results.items()}}
 
 
+def errors(detections, examples, classes, cut, iou=0.5, near=0.1):
+    """Where a detector loses, among its detections of score >= cut[class]: counts per class, by the first kind that fits.
+
+    found: true positives; double: on an object already found; inexact: IoU in [near, iou) with an object of the class; other
+    class: IoU >= iou with an object of another class; background: the rest; missed: objects not found. Difficult objects and
+    what matches them count nowhere. Arguments as in voc(), whose matching this follows; cut: {class name: score}.
+    Returns {class name: {kind: count}}.
+    """
+    counts = {name: dict.fromkeys(("found", "missed", "double", "inexact", "other class", "background"), 0) for name in classes}
+    for (boxes, labels, scores), example in zip(detections, examples):
+        labels, scores = np.asarray(labels), np.asarray(scores, float)
+        for k, name in enumerate(classes):
+            shown, true = (labels == k) & (scores >= cut[name]), example.labels == k
+            b = np.asarray(boxes, float).reshape(-1, 4)[shown][np.argsort(-scores[shown], kind="stable")]
+            hits = _match(b, example.boxes[true], example.difficult[true], iou, False)
+            overlap = box_ops.iou(b, example.boxes)
+            own, other = overlap[:, true].max(1, initial=0), overlap[:, ~true].max(1, initial=0)
+            wrong = hits == 0
+            kinds = (("double", own >= iou), ("inexact", own >= near), ("other class", other >= iou), ("background", own >= 0))
+            for kind, fits in kinds:
+                counts[name][kind] += int((wrong & fits).sum())
+                wrong &= ~fits
+            counts[name]["found"] += int((hits == 1).sum())
+            counts[name]["missed"] += int((~example.difficult[true]).sum() - (hits == 1).sum())
+    return counts
+
+
 def best_threshold(result):
     """The score at which F1 = 2PR/(P + R) is largest: where to cut detections for display. Infinity without a true positive."""
     f1 = 2 * result.precision * result.recall / np.maximum(result.precision + result.recall, 1e-12)
