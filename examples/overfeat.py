@@ -31,7 +31,7 @@ def arguments(argv=None):
     a("--data", metavar="FOLDER", help="a PASCAL VOC folder (default: embedded scenes)")
     a("--train-set", default="train", help="image set to train on (%(default)s)")
     a("--eval-set", default="val", help="image set to evaluate; without a val list, a seeded fifth of the training set (%(default)s)")
-    a("--steps", type=count, help="training steps (scenes 600, folders 800)")
+    a("--steps", type=count, help="training steps (scenes 750, folders 800)")
     a("--batch", type=count, default=32, help="crops a step (%(default)s)")
     a("--crop", type=count, metavar="PIXELS", help="side of a crop (default: three windows)")
     a("--window", type=count, metavar="PIXELS", help="side of the window, a multiple of 8 (default: from the training boxes)")
@@ -46,7 +46,7 @@ def arguments(argv=None):
     a("--out", default="runs", metavar="FOLDER", help="where run folders lie (%(default)s)")
     a("--resume", action="store_true", help="continue the run of this name")
     args = parser.parse_args(argv)
-    args.steps = args.steps or (800 if args.data else 600)
+    args.steps = args.steps or (800 if args.data else 750)
     args.threshold = args.threshold if args.threshold is not None else {"merge": 0.6, "nms": 0.45}[args.merging]
     return args
 

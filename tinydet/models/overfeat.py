@@ -174,7 +174,8 @@ def loss(spec, scores, edges, targets, rng, box_weight=1.0, offset=(0, 0)):
 
     scores (N, h, w, K + 1), edges (N, h, w, 4) from OverFeat.forward at `offset`; targets: for each image boxes (R, 4) in its
     pixels, labels (R,), and the rectangle (x1, y1, x2, y2) that holds the photograph: windows centred outside are not trained.
-    value = mean cross-entropy of the selected windows + box_weight * L2 box loss.
+    value = mean cross-entropy of the selected windows + box_weight * L2 box loss, the latter divided by the boxes kept or the
+    images N, whichever is more (CHOICE: batches with hardly a box would otherwise make training diverge).
     Returns a dict of floats (loss, class_loss, box_loss, positives) and dscores, dedges.
     """
     N, h, w, channels = scores.shape
@@ -195,6 +196,8 @@ def loss(spec, scores, edges, targets, rng, box_weight=1.0, offset=(0, 0)):
     class_loss, dscores = softmax_loss.loss(scores.reshape(-1, channels), xp.asarray(labels))
     edge_loss, dedges = box_loss.l2(edges.reshape(-1, 4), xp.asarray(np.concatenate(wanted).astype(edges.dtype)),
                                     xp.asarray(np.concatenate(regress)))
+    few = min(1.0, int(np.concatenate(regress).sum()) / N)          # a handful of boxes must not pull like a full batch
+    edge_loss, dedges = few * edge_loss, few * dedges
     values = {"loss": class_loss + box_weight * edge_loss, "class_loss": class_loss, "box_loss": edge_loss,
               "positives": int(((labels >= 0) & (labels != background)).sum())}
     return values, dscores.reshape(scores.shape), box_weight * dedges.reshape(edges.shape)
