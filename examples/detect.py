@@ -4,7 +4,7 @@
     python examples/detect.py --weights runs/overfeat/weights.npz --json picture.jpg ...    # JSON on standard output
 
 Printed and drawn are detections above the score of best F1 of their class on the evaluation set, or above --min-score. The
-JSON list holds all of them, for an evaluator: {"image": stem, "class": name, "box": [x1, y1, x2, y2], "score": s}, box in
+JSON list holds all of them (at most 300 a picture), for an evaluator: {"image": stem, "class": name, "box": [x1, y1, x2, y2], "score": s}, box in
 continuous pixels of the picture. --json FILE.json writes it to a file.
 """
 import argparse
@@ -29,11 +29,13 @@ def arguments(argv=None):
     a("--out", default="detections", metavar="FOLDER", help="where the drawings go (%(default)s); none with --json")
     a("--backend", choices=tinydet.backend.BACKENDS, default="numba")
     args = parser.parse_args(argv)
-    if args.json not in (None, "-") and not args.json.endswith(".json"):
+    if args.json not in (None, "-") and not args.json.lower().endswith(".json"):
         args.images.insert(0, args.json)                            # it was a picture: --json picture.jpg
         args.json = "-"
     if not args.images:
         parser.error("name at least one image")
+    if args.json not in (None, "-") and not Path(args.json).resolve().parent.is_dir():
+        parser.error(f"the folder of --json {args.json} must exist")
     stems = [Path(path).stem for path in args.images]
     if twice := next((s for s in stems if stems.count(s) > 1), None):
         parser.error(f"the names of the images must differ without folder and ending, got {twice} more than once")
@@ -42,13 +44,13 @@ def arguments(argv=None):
 
 def main(args):
     net, settings = overfeat.load(args.weights)
-    classes, cut = net.spec.classes, settings["cut"]
-    combining = {k: settings[k] for k in ("merging", "threshold")}
+    classes, cut = net.spec.classes, settings.get("cut", {})
+    combining = {k: settings[k] for k in ("merging", "threshold") if k in settings}
     out, records = Path(args.out), []
     for path in args.images if args.json is None else train.progress(args.images, desc="detect", unit="image"):
         image, stem = data.read_image(path), Path(path).stem
         boxes, labels, scores = overfeat.detect(net, image, **combining)
-        lowest = np.array([cut[classes[k]] if args.min_score is None else args.min_score for k in labels], float)
+        lowest = np.array([cut.get(classes[k], 0.5) if args.min_score is None else args.min_score for k in labels], float)
         if args.json is None:
             shown = scores >= lowest
             out.mkdir(parents=True, exist_ok=True)
@@ -75,3 +77,5 @@ if __name__ == "__main__":
             main(args)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nstopped")

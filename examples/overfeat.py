@@ -47,7 +47,12 @@ def arguments(argv=None):
     a("--resume", action="store_true", help="continue the run of this name")
     args = parser.parse_args(argv)
     args.steps = args.steps or (800 if args.data else 750)
+    if not (0 < args.lr < np.inf and 0 <= args.near_object <= 1 and args.seed >= 0 and args.name and Path(args.name).name == args.name):
+        parser.error(f"--lr must be positive, --near-object lie in [0, 1], --seed not be negative, --name be the name of a folder; got "
+                     f"{args.lr}, {args.near_object}, {args.seed}, {args.name!r}")
     args.threshold = args.threshold if args.threshold is not None else {"merge": 0.6, "nms": 0.45}[args.merging]
+    if not 0 <= args.threshold <= (1 if args.merging == "nms" else np.inf):
+        parser.error(f"--threshold must not be negative, and at most 1 for nms, got {args.threshold}")
     return args
 
 
@@ -63,10 +68,13 @@ def read(args):
 
 def main(args, put):
     start = time.perf_counter()
+    draw.require()
     examples, held_out, classes = read(args)
     spec = overfeat.spec_for(examples, classes, args.window)
     side = args.crop or 3 * spec.window
-    config = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "checkpoint_every")}
+    overfeat.training_view(spec, examples[0], np.random.default_rng(0), side)       # a crop too small is said before a run begins
+    config = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "checkpoint_every", "merging", "threshold")}
+    config["data"] = str(Path(args.data).resolve()) if args.data else None
     run = train.Run(Path(args.out) / args.name, config, args.resume)
     net = overfeat.OverFeat(spec, np.random.default_rng(args.seed))
     print(f"{len(examples)} training and {len(held_out)} evaluation images, {len(classes)} classes, window {spec.window}, scales "
@@ -92,7 +100,7 @@ def main(args, put):
     cut = {name: evaluate.best_threshold(r) for name, r in results.items()}
     overfeat.save(net, run.folder / "weights.npz", {**combining, "cut": cut})
     files.write(run.folder / "results.json", json.dumps(
-        {"set": args.eval_set, **evaluate.summary(results), "seconds": round(time.perf_counter() - start),
+        {"set": args.eval_set, **evaluate.summary(results), "seconds": None if args.resume else round(time.perf_counter() - start),
          "errors": evaluate.errors(detections, held_out, classes, cut)}, indent=1) + "\n")
     draw.loss_curves(run.metrics(), ("loss", "class_loss", "box_loss"), run.folder / "loss.png")
     draw.precision_recall(results, run.folder / "precision_recall.png", f"{args.name}: {args.eval_set}, IoU 0.5")

@@ -3,7 +3,7 @@
     python examples/table.py runs/cells-0 runs/cells-1 runs/cells-2 --json results.json
 
 Prints AP50 of each class and their mean, each as mean, standard deviation (n - 1) and the single runs, and the wall time
-(of the last process, if a run was resumed); and what was wrong at the score of best F1: tinydet.evaluate.errors.
+(not known of a resumed run); and what was wrong at the score of best F1: tinydet.evaluate.errors.
 """
 import argparse
 import json
@@ -34,7 +34,7 @@ def main(args):
     print("errors at the score of best F1 (mean of the runs)")
     for name, kinds in errors.items():
         print(f"{name:12} " + ", ".join(f"{kind} {count:.0f}" for kind, count in kinds.items()))
-    print(f"seconds      {np.mean(seconds):.0f}           " + " ".join(str(s) for s in seconds))
+    print("seconds      " + " ".join("-" if s is None else str(s) for s in seconds))
     if args.json:
         settings = {k: v for k, v in configs[0].items() if k not in ("seed", "name", "data")}
         files.write(args.json, json.dumps({"set": results[0]["set"], "seeds": [c["seed"] for c in configs], "AP50": rows,

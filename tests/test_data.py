@@ -169,7 +169,7 @@ def test_errors_name_the_missing_file_and_what_exists(voc):
     folder = voc(a=annotation(), b=annotation())
     (folder / "ImageSets" / "Main" / "val.txt").write_text("a\n")
     (folder / "ImageSets" / "Main" / "cat_val.txt").write_text("a 1\n")
-    with pytest.raises(FileNotFoundError, match=r"^data\.read_split: there is no .*test\.txt; image sets here: train, val$"):
+    with pytest.raises(FileNotFoundError, match=r'^data\.read_split: there is no .*test\.txt; image sets here: train, val \(and "all": every annotation\)$'):
         read_voc(folder, "test")
     (folder / "JPEGImages" / "b.jpg").unlink()
     with pytest.raises(FileNotFoundError, match=r"^data\.read_voc: there is no .*JPEGImages.b\.jpg"):

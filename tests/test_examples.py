@@ -12,7 +12,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
-from tinydet import data, files, scenes
+from tinydet import data, evaluate, files, optim, scenes
 from tinydet.models import overfeat
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -66,7 +66,7 @@ def weights(tmp_path_factory):
     net = overfeat.OverFeat(overfeat.Spec(scenes.CLASSES, (1.0, 0.5), k=3), np.random.default_rng(0))
     net.params["classifier.4.w"][...] *= 100
     path = tmp_path_factory.mktemp("weights") / "weights.npz"
-    overfeat.save(net, path, {"merging": "merge", "threshold": 0.6, "cut": {name: 0.5 for name in scenes.CLASSES}})
+    overfeat.save(net, path, {"merging": "merge", "threshold": 0.6, "cut": {name: 2.5 for name in scenes.CLASSES}})
     return path
 
 
@@ -83,6 +83,39 @@ def test_training_leaves_everything_in_the_run_folder(trained):
     for name in ("loss", "precision_recall", "detections"):
         with Image.open(folder / f"{name}.png") as picture:
             assert min(picture.size) > 200
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_log_is_that_of_the_settings(voc, trained, tmp_path, seed):
+    """The program's losses are those of its parts put together here: offset, decay, schedule and seed reach where they belong."""
+    folder = trained[0] / "runs" / "a"
+    if seed:
+        run("overfeat.py", "--data", voc, "--name", "a", *TINY, "--seed", seed, cwd=tmp_path)
+        folder = tmp_path / "runs" / "a"
+    examples, classes = data.read_voc(voc, "train")
+    spec = overfeat.spec_for(examples, classes, 24)
+    net = overfeat.OverFeat(spec, np.random.default_rng(seed))
+    optimizer, schedule, losses = optim.SGD(net, 0.9, 1e-4), optim.cosine_schedule(0.07, 6, 0), []
+    for i in range(6):
+        rng = np.random.default_rng([seed, i])
+        views = [overfeat.training_view(spec, examples[j], rng, 72, 0.8) for j in rng.choice(8, 2, replace=False)]
+        offset = tuple(rng.integers(2, size=2))
+        scores, edges, cache = net.forward(net.normalise(np.stack([v[0] for v in views])), True, rng, offset)
+        values, dscores, dedges = overfeat.loss(spec, scores, edges, [v[1] for v in views], rng, 1.0, offset)
+        net.backward(dscores, dedges, cache)
+        optimizer.step(schedule(i))
+        losses.append(values["loss"])
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert_allclose([r["loss"] for r in records], losses, rtol=1e-5)
+    trained_net, settings = overfeat.load(folder / "weights.npz")
+    for name, w in net.arrays().items():
+        assert_allclose(trained_net.arrays()[name], w, rtol=1e-3, atol=1e-6, err_msg=name)
+    held_out, _ = data.read_voc(voc, "val", classes)
+    found = [overfeat.detect(trained_net, e.image(), merging="merge", threshold=0.6) for e in held_out]
+    results = evaluate.voc(found, held_out, classes)
+    assert settings == {"merging": "merge", "threshold": 0.6, "cut": {k: evaluate.best_threshold(r) for k, r in results.items()}}
+    told = json.loads((folder / "results.json").read_text())
+    assert told["mean AP50"] == pytest.approx(evaluate.mean_ap(results), abs=1e-3)
 
 
 def test_a_killed_run_resumes_to_the_same_bits(voc, trained, tmp_path):
@@ -125,6 +158,8 @@ def test_detect_draws_and_prints(voc, weights, tmp_path):
     done = run("detect.py", "--weights", weights, *pictures, cwd=tmp_path)
     for picture in pictures:
         assert str(picture) in done.stdout
+        _, _, scores = overfeat.detect(overfeat.load(weights)[0], data.read_image(picture), merging="merge", threshold=0.6)
+        assert f"{picture}: {(scores >= 2.5).sum()} objects" in done.stdout and (scores < 2.5).any()
         with Image.open(tmp_path / "detections" / f"{picture.stem}.png") as drawn, Image.open(picture) as original:
             assert drawn.size == original.size and np.any(np.asarray(drawn) != np.asarray(original))
 

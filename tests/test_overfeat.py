@@ -202,6 +202,23 @@ def test_images_without_objects_train_the_background_only():
     assert (dscores[..., 3] <= 0).all() and dscores[..., 3].min() < 0
 
 
+def test_few_boxes_pull_less_than_a_full_batch():
+    net = small_net()
+    x, targets = batch(net)
+    scores, edges, _ = net.forward(np.concatenate([x] * 4))
+    empty = (np.zeros((0, 4)), np.zeros(0, int), np.array([0., 0, 40, 40]))
+    many, _, full = overfeat.loss(net.spec, scores, edges, targets * 4, np.random.default_rng(0))
+    one = (np.array([[4., 4, 21, 19]]), np.array([0]), np.array([0., 0, 21, 21]))       # a box seen by few windows
+    few, _, small = overfeat.loss(net.spec, scores, edges, [one] + [empty] * 7, np.random.default_rng(0))
+    grid = overfeat.windows(*scores.shape[1:3], 8, 16)
+    answer = overfeat.assign(grid, *one[:2], 3)[2] & ((grid[:, :2] + 8) <= 21).all(1)
+    kept = answer.sum()
+    assert 0 < kept < 8
+    difference = (edges[0].reshape(-1, 4) - overfeat.encode(grid, one[0]))[answer]
+    assert few["box_loss"] == pytest.approx((difference ** 2).sum() / 2 / 8)            # divided by the images, not by the kept
+    assert_allclose(small[0].reshape(-1, 4)[answer], difference / 8, atol=1e-12)
+
+
 def steps_on(net, examples, count, lr, size=64, crops=4):
     optimizer, losses = optim.SGD(net, momentum=0.9), []
     for i in range(count):
@@ -296,6 +313,20 @@ def test_spec_errors():
         overfeat.spec_for(box_examples([]), ("a",))
     with pytest.raises(ValueError, match="window must be a positive multiple of 8 pixels, got 30"):
         overfeat.spec_for(box_examples([30]), ("a",), 30)
+
+
+def test_spec_from_known_quantiles():
+    spec = overfeat.spec_for(box_examples(np.linspace(50, 150, 101)), ("a",))   # 5 % quantile 55, 0.8 * 55 = 44
+    assert spec.window == 40 and len(spec.scales) == 3                          # log(149 / 51) / log(1.4) = 3.2
+    assert_allclose(40 / np.array(spec.scales), 51 * (149 / 51) ** (np.array([1, 3, 5]) / 6))
+    assert len(overfeat.spec_for(box_examples([3.0, 1100.0] * 50), ("a",)).scales) == 10
+
+
+def test_spec_warns_of_boxes_too_long_for_a_square():
+    example = box_examples([30])[0]
+    long = data.Example("x", example.source, example.size, np.array([[0., 0, 90, 30]]), example.labels, example.difficult)
+    with pytest.warns(UserWarning, match="1 of 1 boxes are more than 2.25 times as long as wide"):
+        overfeat.spec_for([long], ("a",))
 
 
 # Detection

@@ -114,7 +114,8 @@ def read_split(folder, split):
     else:
         path = folder / "ImageSets" / "Main" / f"{split}.txt"
         if not path.is_file():
-            raise FileNotFoundError(f"data.read_split: there is no {path}; image sets here: {', '.join(splits(folder)) or 'none'}")
+            raise FileNotFoundError(f"data.read_split: there is no {path}; image sets here: {', '.join(splits(folder)) or 'none'} ("
+                                    "and \"all\": every annotation)")
         names = [line.split()[0] for line in _text(path).splitlines() if line.strip()]
     if not names:
         raise ValueError(f"data.read_split: image set {split} of {folder} must name at least one image, got none")
@@ -152,7 +153,7 @@ def _read_xml(folder, name, defects):
     tag = root.find("size")
     if tag is not None:
         claimed = tuple(_number(path, tag, side) for side in ("width", "height"))
-        if claimed != size:
+        if claimed not in (size, (0, 0)):                           # 0x0: some converters write that for "unknown"
             raise ValueError(f"data.read_voc: {path}: <size> must be that of the image, {size[0]}x{size[1]}, "
                              f"got {claimed[0]:g}x{claimed[1]:g}")
     boxes, labels, difficult = [], [], []
@@ -173,7 +174,7 @@ def _read_xml(folder, name, defects):
             defects["boxes cut at the border of the image"].append(name)
         boxes.append(cut)
         labels.append(label)
-        difficult.append((item.findtext("difficult") or "0").strip() == "1")
+        difficult.append((item.findtext("difficult") or "0").strip().lower() in ("1", "true"))
     return name, image, size, boxes, labels, difficult
 
 
@@ -190,7 +191,7 @@ def _number(path, tag, name):
 
 def _find_image(folder, name):
     """Path and (width, height) of an image of a VOC folder; only the file's header is read."""
-    for ending in (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG"):
+    for ending in (f(e) for e in (".jpg", ".jpeg", ".png", ".bmp") for f in (str.lower, str.upper, str.title)):
         path = folder / "JPEGImages" / f"{name}{ending}"
         if path.is_file():
             try:

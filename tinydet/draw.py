@@ -73,6 +73,14 @@ def save(picture, path):
         (picture.save if isinstance(picture, Image.Image) else picture.savefig)(part)
 
 
+def require():
+    """Raise ImportError saying what to install if the curves cannot be drawn: before a long run, not after it."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        raise ImportError("draw.require: the curves need matplotlib: pip install 'tinydet[examples]'") from None
+
+
 def _axes(xlabel, ylabel, title):
     from matplotlib.figure import Figure
     figure = Figure(figsize=(7, 4.5), dpi=110, layout="constrained")

@@ -12,7 +12,7 @@ def whole(path):
     """Yield the path of a file beside `path` to write to. If the block ends well it is forced to disk and moved into place,
     else it is deleted and `path` stays as it was."""
     path = Path(path)
-    part = path.with_name(f".{path.stem}.part{path.suffix}")
+    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")       # two processes never share one
     try:
         yield part
         with part.open("rb+") as f:

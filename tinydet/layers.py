@@ -154,6 +154,11 @@ class Sequential(Composite):
     def __init__(self, *layers):
         super().__init__(**{str(i): layer for i, layer in enumerate(layers)})
 
+    def __call__(self, x):
+        for layer in self.parts.values():               # no cache outlives its layer: large images need the memory
+            x = layer(x)
+        return x
+
     def forward(self, x, train=False, rng=None):
         caches = []
         for layer in self.parts.values():
@@ -168,13 +173,15 @@ class Sequential(Composite):
 
 
 def load(layer, arrays, source="weights"):
-    """Copy arrays, a mapping by name as layer.arrays() gives, into the layer. Raises ValueError naming what is missing or misshapen."""
+    """Copy arrays, a mapping by name as layer.arrays() gives, into the layer. Raises ValueError naming what is missing, misshapen or not finite."""
     own = layer.arrays()
     for name, target in own.items():
         if name not in arrays:
             raise ValueError(f"layers.load: {source} lacks the array {name}")
         if arrays[name].shape != target.shape:
             raise ValueError(f"layers.load: {source}: {name} must have shape {target.shape}, got {arrays[name].shape}")
+        if not np.isfinite(arrays[name]).all():
+            raise ValueError(f"layers.load: {source}: {name} must be finite, got NaN or infinity")
     if extra := sorted(set(arrays) - set(own)):
         raise ValueError(f"layers.load: {source} holds arrays that the model lacks: {', '.join(extra)}")
     for name, target in own.items():

@@ -1,7 +1,10 @@
 """The training loop, and the run folder that survives being killed: settings, metrics log, checkpoint."""
 import json
 import math
+import os
 from pathlib import Path
+
+import numpy as np
 
 from tinydet.files import read_arrays, read_json, write, write_arrays
 from tinydet.layers import load
@@ -23,7 +26,7 @@ def fit(run, net, optimizer, schedule, steps, step, every=100):
     All that it draws at random must come from i (np.random.default_rng([seed, i])): then a run that was killed and resumed
     passes through the same states, bit for bit on the same machine with the same number of threads.
     schedule(i): learning rate of step i. Every `every` steps, and at the end, the run keeps a checkpoint.
-    Raises FloatingPointError if the loss is not finite; the last checkpoint stays.
+    Raises FloatingPointError if the loss or the net is not finite; the last checkpoint stays.
     """
     first = run.restore(net, optimizer)
     bar = progress(range(first, steps), initial=first, total=steps, desc=f"train {run.folder.name}", unit="step")
@@ -36,6 +39,10 @@ def fit(run, net, optimizer, schedule, steps, step, every=100):
             print(json.dumps({"step": i + 1, "lr": schedule(i), **values}), file=log, flush=True)
             bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
             if (i + 1) % every == 0 or i + 1 == steps:
+                if wrong := [name for name, a in net.arrays().items() if not np.isfinite(a).all()]:
+                    raise FloatingPointError(f"train.fit: the net must stay finite, got NaN or infinity in {wrong[0]} at step {i}: "
+                                             "lower the learning rate")
+                os.fsync(log.fileno())                              # the log is never behind the checkpoint
                 run.checkpoint(i + 1, net, optimizer)
 
 
@@ -54,6 +61,8 @@ class Run:
             if not path.is_file():
                 raise FileNotFoundError(f"train.Run: there is no run to resume in {self.folder}")
             before = read_json(path)
+            if not isinstance(before, dict):
+                raise ValueError(f"train.Run: {path} must hold the settings of a run, got {before!r}")
             if changed := sorted(k for k in {*before, *config} if before.get(k) != config.get(k)):
                 told = "; ".join(f"{k} was {before.get(k)!r}, is {config.get(k)!r}" for k in changed)
                 raise ValueError(f"train.Run: a resumed run must keep its settings ({path}), got: {told}")
@@ -64,10 +73,21 @@ class Run:
             write(path, json.dumps(config, indent=1) + "\n")
 
     def open_log(self, steps):
-        """The metrics log, open for appending after its first `steps` records: what came after the checkpoint is done again."""
+        """The metrics log, open for appending after its first `steps` records: what came after the checkpoint is done again.
+
+        Raises ValueError naming file and line if those records are not whole.
+        """
         path = self.folder / "metrics.jsonl"
-        kept = [line for line in path.read_text().splitlines()[:steps]] if path.exists() else []
-        write(path, "".join(line + "\n" for line in kept))
+        lines = path.read_text(errors="replace").splitlines()[:steps] if path.exists() else []
+        for i in range(steps):
+            try:
+                found = json.loads(lines[i])["step"]
+            except (ValueError, IndexError, KeyError, TypeError):
+                found = "none"
+            if found != i + 1:
+                raise ValueError(f"train.Run: line {i + 1} of {path} must be the record of step {i + 1}, got that of {found}: "
+                                 "the log does not fit the checkpoint")
+        write(path, "".join(line + "\n" for line in lines))
         return path.open("a")
 
     def metrics(self):
@@ -87,5 +107,8 @@ class Run:
         arrays, meta = read_arrays(path)
         load(net, {k[4:]: v for k, v in arrays.items() if k.startswith("net/")}, str(path))
         for name, value in optimizer.state.items():
-            value[...] = arrays[f"optimizer/{name}"]
+            saved = arrays.get(f"optimizer/{name}")
+            if saved is None or saved.shape != value.shape:
+                raise ValueError(f"train.Run: {path} must hold the optimizer's state of {name}, {value.shape}")
+            value[...] = saved
         return meta["steps"]

@@ -8,6 +8,7 @@ The small net of this file is ours: batch norm and He initialisation (the paper 
 together (the paper trained the regressor alone on a frozen trunk, and names this as future work).
 """
 import dataclasses
+import warnings
 
 import numpy as np
 
@@ -205,22 +206,29 @@ def loss(spec, scores, edges, targets, rng, box_weight=1.0, offset=(0, 0)):
 
 # Training views and detection
 
-def spec_for(examples, classes, window=None, most=64, least=24, ratio=1.4, **more):
+def spec_for(examples, classes, window=None, most=64, least=24, ratio=1.4, most_scales=10, **more):
     """Window, scales and normalisation from the training boxes: how a new data set becomes a Spec.
 
     With d = sqrt(width * height) of a box: the window is the largest multiple of jump * pool pixels that is not above 0.8 times
-    the 5 % quantile of d, within [least, most], unless `window` names another (a multiple of jump * pool); scales are such that windows of sides about `ratio` apart (the paper's ratio) cover
-    all d between the 1 % and the 99 % quantile, in original pixels. Raises ValueError if there is no box.
+    the 5 % quantile of d, within [least, most], unless `window` names another; scales are such that windows of sides about
+    `ratio` apart (the paper's ratio) cover all d between the 1 % and the 99 % quantile, in original pixels; at most
+    `most_scales`, further apart if need be. Warns if more than 5 % of the boxes are too long for a square window.
+    Raises ValueError if there is no box, or for a window that is no positive multiple of jump * pool.
     """
-    sides = np.concatenate([np.sqrt(box_ops.area(e.usable()[0])) for e in examples])
-    if len(sides) == 0:
+    boxes = np.concatenate([e.usable()[0] for e in examples])
+    if len(boxes) == 0:
         raise ValueError("overfeat.spec_for: the training images must hold at least one box, got none")
+    width, height = (boxes[:, 2:] - boxes[:, :2]).T
+    sides, long = np.sqrt(width * height), (width > 2.25 * height) | (height > 2.25 * width)
+    if long.mean() > 0.05:
+        warnings.warn(f"overfeat.spec_for: {long.sum()} of {len(boxes)} boxes are more than 2.25 times as long as wide: no square window "
+                      "overlaps such a box by IoU 0.5, so they are not learnt", stacklevel=2)
     low, small, high = np.quantile(sides, (0.01, 0.05, 0.99))
     cell = Spec.jump * Spec.pool
     if window is not None and (window < cell or window % cell):
         raise ValueError(f"overfeat.spec_for: window must be a positive multiple of {cell} pixels, got {window}")
     k = int(window or np.clip(0.8 * small, least, most)) // cell
-    steps = max(1, round(np.log(high / low) / np.log(ratio)))
+    steps = min(most_scales, max(1, round(np.log(high / low) / np.log(ratio))))
     factor = (high / low) ** (1 / steps)
     covered = low * factor ** (np.arange(steps) + 0.5)
     mean, std = mean_std(examples)
