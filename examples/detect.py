@@ -4,8 +4,8 @@
     python examples/detect.py --weights runs/overfeat/weights.npz --json picture.jpg ...    # JSON on standard output
 
 Printed and drawn are detections above the score of best F1 of their class on the evaluation set, or above --min-score. The
-JSON list holds all of them (at most 300 a picture), for an evaluator: {"image": stem, "class": name, "box": [x1, y1, x2, y2], "score": s}, box in
-continuous pixels of the picture. --json FILE.json writes it to a file.
+JSON list holds all of them (at most 300 a picture), for an evaluator: {"image": stem, "class": name, "box": [x1, y1, x2, y2],
+"score": s}, box in continuous pixels of the picture. --json FILE.json writes it to a file.
 """
 import argparse
 import json

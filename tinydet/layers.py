@@ -173,7 +173,10 @@ class Sequential(Composite):
 
 
 def load(layer, arrays, source="weights"):
-    """Copy arrays, a mapping by name as layer.arrays() gives, into the layer. Raises ValueError naming what is missing, misshapen or not finite."""
+    """Copy arrays, a mapping by name as layer.arrays() gives, into the layer.
+
+    Raises ValueError naming what is missing, misshapen, too much or not finite; nothing is copied then. source: the file, for the message.
+    """
     own = layer.arrays()
     for name, target in own.items():
         if name not in arrays:

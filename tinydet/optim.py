@@ -42,9 +42,9 @@ def step_schedule(lr, at, factor):
 
 
 def cosine_schedule(lr, steps, warmup=0):
-    """Function of the step t: rises linearly over `warmup` steps, lr * (t + 1)/warmup, then falls along half a cosine to 0 at `steps`.
+    """Function of the step t: rises linearly over `warmup` steps, lr * (t + 1)/warmup, then falls along half a cosine to 0.
 
-    lr * (1 + cos(pi * (t - warmup)/(steps - warmup)))/2 for t >= warmup. Raises ValueError unless 0 <= warmup < steps.
+    lr * (1 + cos(pi * (t - warmup)/(steps - warmup)))/2 for t >= warmup, 0 at `steps`. Raises ValueError unless 0 <= warmup < steps.
     """
     if not 0 <= warmup < steps:
         raise ValueError(f"optim.cosine_schedule: warmup must lie in 0..steps - 1, got warmup {warmup}, steps {steps}")

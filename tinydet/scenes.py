@@ -13,7 +13,7 @@ FINE = 3                            # shapes are drawn this much larger and aver
 
 
 def scenes(count, seed, split="train"):
-    """`count` scenes, a list of Example; scene i depends on (seed, split, i) alone, so splits never share one.
+    """`count` scenes, a list of Example; scene i depends on (seed, split, i) alone; train, val and test share none.
 
     Images of 128 to 192 pixels a side: a shaded, textured background with lines, scribbles and half shapes that belong to no
     class, and 1 to 5 shapes of six classes, any colour, slightly turned, that may hide one another. Boxes enclose what is

@@ -114,13 +114,16 @@ class OverFeat(Composite):
 # Windows, boxes relative to them, and what each must answer
 
 def windows(h, w, step, side, offset=(0, 0)):
-    """(h*w, 4) windows in row order: the one of output (i, j) is [oy + step*i, oy + step*i + side) high, likewise wide (pixels)."""
+    """(h*w, 4) windows in row order, float64 pixels: that of output (i, j) spans [oy + step*i, oy + step*i + side) down, likewise across."""
     y, x = np.indices((h, w)).reshape(2, -1) * float(step) + np.array(offset, float)[:, None]
     return np.stack([x, y, x + side, y + side], 1)
 
 
 def encode(windows, boxes):
-    """The edges of boxes (R, 4) relative to windows (R, 4): t = (x1 - wx, y1 - wy, x2 - wx, y2 - wy)/w (sec. 4.2; /w is a CHOICE)."""
+    """The edges of boxes (R, 4) relative to windows (R, 4) of side w (sec. 4.2): (x1 - wx, y1 - wy, x2 - wx, y2 - wy)/w.
+
+    Dividing by w is a CHOICE (conditioning only); edges rather than centre and size are the paper's.
+    """
     return (boxes - windows[:, [0, 1, 0, 1]]) / (windows[:, 2:3] - windows[:, :1])
 
 
@@ -134,7 +137,8 @@ def assign(windows, boxes, labels, background, positive=0.5, negative=0.3, visib
 
     label: class of the box of largest IoU if that is >= positive; `background` if it is < negative; else -1, not trained.
     A box is regressed where IoU >= negative and at least `visible` of its area lies in the window (the paper's 50 % rule).
-    windows: (M, 4), boxes: (R, 4) float64, labels: (R,), -1 for a difficult object: windows at it are not trained. Returns labels (M,) int64, edges (M, 4), regress (M,) bool.
+    windows: (M, 4), boxes: (R, 4) float64, labels: (R,), -1 for a difficult object: windows at it are not trained.
+    Returns labels (M,) int64, edges (M, 4), regress (M,) bool.
     Ties go to the first box; without boxes all is background.
     """
     answer = np.full(len(windows), background, np.int64)

@@ -14,10 +14,11 @@ def forward(x, size, stride=None):
     Ties go to the first pixel in row order; NaN in a window gives NaN. N = 0 gives an empty y.
     Raises ValueError if x holds no complete window, TypeError for other dtypes.
     """
-    return _forward("max_pool.forward", x, size, size if stride is None else stride)
+    return pool("max_pool.forward", x, size, size if stride is None else stride)
 
 
-def _forward(op, x, size, stride):
+def pool(op, x, size, stride):
+    """forward under another op's name in its errors: offset pooling is max pooling of stride 1."""
     checks.float_array(op, "x", x, "(N, H, W, C)")
     checks.whole(op, 1, size=size, stride=stride)
     if min(x.shape[1:3]) < size:

@@ -11,7 +11,7 @@ def forward(x, size):
     x: (N, H, W, C) float32 or float64. Returns s (N, H - size + 1, W - size + 1, C), same dtype, and cache.
     Ties go to the first pixel in row order; NaN in a tile gives NaN. Raises ValueError if x holds no complete tile.
     """
-    return max_pool._forward("offset_pool.forward", x, size, 1)
+    return max_pool.pool("offset_pool.forward", x, size, 1)
 
 
 def backward(ds, cache):
