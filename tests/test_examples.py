@@ -147,6 +147,24 @@ def test_runs_are_not_overwritten_and_resume_keeps_the_settings(voc, trained):
     assert "no run to resume" in run("overfeat.py", "--name", "none", "--resume", cwd=cwd, code=1).stderr
 
 
+@pytest.mark.parametrize("args, message", [
+    (["--merging", "nms", "--threshold", "1.5"], "--threshold must not be negative"), (["--lr", "nan"], "--lr must be positive"),
+    (["--seed", "-1"], "--seed not be negative"), (["--batch", "0"], "whole number of at least 1, got 0"),
+    (["--name", "../x"], "--name be the name of a folder")])
+def test_bad_settings_are_said_before_anything_is_done(tmp_path, args, message):
+    assert message in " ".join(run("overfeat.py", *args, cwd=tmp_path, code=2).stderr.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_finished_run_can_be_evaluated_with_nms(voc, trained):
+    cwd, _ = trained
+    run("overfeat.py", "--data", voc, "--name", "a", *TINY, "--resume", "--merging", "nms", cwd=cwd)
+    folder = cwd / "runs" / "a"
+    assert overfeat.load(folder / "weights.npz")[1]["merging"] == "nms"
+    assert json.loads((folder / "results.json").read_text())["seconds"] is None
+    run("overfeat.py", "--data", voc, "--name", "a", *TINY, "--resume", cwd=cwd)
+
+
 def test_wrong_folders_are_named(tmp_path):
     done = run("overfeat.py", "--data", tmp_path, cwd=tmp_path, code=1)
     assert done.stderr.startswith("error: ") and "Annotations" in done.stderr and "Traceback" not in done.stderr

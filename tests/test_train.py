@@ -12,7 +12,7 @@ import pytest
 from tinydet import train, use
 from tinydet.layers import BatchNorm, Conv2D, Dropout, ReLU, Sequential
 from tinydet.optim import SGD, cosine_schedule
-from tinydet.files import read_arrays, write
+from tinydet.files import read_arrays, write, write_arrays
 from tinydet.train import Run, fit
 
 
@@ -225,3 +225,41 @@ def test_progress(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     with pytest.raises(ImportError, match=r"^train\.progress: the progress bar needs tqdm: pip install 'tinydet\[examples\]'"):
         train.progress(range(3))
+
+
+@pytest.mark.parametrize("damage", ["lost", "torn", "binary", "gap"])
+def test_a_log_that_does_not_fit_the_checkpoint_is_refused(tmp_path, damage):
+    train_in(tmp_path)
+    log = tmp_path / "metrics.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    if damage == "lost":
+        log.unlink()
+    else:
+        lines[3:5] = {"torn": [lines[3][:9] + b"\n", lines[4]], "binary": [b"\xff\xfe\n", lines[4]], "gap": [lines[4]]}[damage]
+        log.write_bytes(b"".join(lines))
+    with pytest.raises(ValueError, match=rf"^train\.Run: line {1 if damage == 'lost' else 4} of .*metrics\.jsonl must be the record of step"):
+        train_in(tmp_path, resume=True)
+
+
+def test_a_net_that_is_not_finite_is_neither_kept_nor_loaded(tmp_path):
+    train_in(tmp_path)
+    arrays, meta = read_arrays(tmp_path / "checkpoint.npz")
+    name = next(k for k in arrays if k.startswith("net/"))
+    arrays[name].flat[0] = np.nan
+    write_arrays(tmp_path / "checkpoint.npz", arrays, meta)
+    with pytest.raises(ValueError, match=r"^layers\.load: .*checkpoint\.npz: .* must be finite"):
+        train_in(tmp_path, resume=True)
+
+
+def test_a_run_whose_net_overflows_keeps_its_last_checkpoint(tmp_path):
+    layer = ReLU()
+    layer.state = {"w": np.ones(2)}
+    optimizer = SGD(layer)
+
+    def step(i):
+        layer.state["w"][0] = np.inf if i == 3 else i
+        return {"loss": 1.0}
+    with pytest.raises(FloatingPointError, match=r"^train\.fit: the net must stay finite, got NaN or infinity in w at step 3"):
+        fit(Run(tmp_path, {}), layer, optimizer, lambda i: 0.1, 6, step, every=2)
+    arrays, meta = read_arrays(tmp_path / "checkpoint.npz")
+    assert meta == {"steps": 2} and arrays["net/w"][0] == 1
