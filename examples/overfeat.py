@@ -100,7 +100,7 @@ def main(args, put):
     cut = {name: evaluate.best_threshold(r) for name, r in results.items()}
     overfeat.save(net, run.folder / "weights.npz", {**combining, "cut": cut})
     files.write(run.folder / "results.json", json.dumps(
-        {"set": args.eval_set, **evaluate.summary(results), "seconds": None if args.resume else round(time.perf_counter() - start),
+        {"set": args.eval_set, **combining, **evaluate.summary(results), "seconds": None if args.resume else round(time.perf_counter() - start),
          "errors": evaluate.errors(detections, held_out, classes, cut)}, indent=1) + "\n")
     draw.loss_curves(run.metrics(), ("loss", "class_loss", "box_loss"), run.folder / "loss.png")
     draw.precision_recall(results, run.folder / "precision_recall.png", f"{args.name}: {args.eval_set}, IoU 0.5")

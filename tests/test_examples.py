@@ -1,6 +1,7 @@
 """The example programs as a user runs them: as processes, on a small VOC folder."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -161,8 +162,11 @@ def test_a_finished_run_can_be_evaluated_with_nms(voc, trained):
     run("overfeat.py", "--data", voc, "--name", "a", *TINY, "--resume", "--merging", "nms", cwd=cwd)
     folder = cwd / "runs" / "a"
     assert overfeat.load(folder / "weights.npz")[1]["merging"] == "nms"
-    assert json.loads((folder / "results.json").read_text())["seconds"] is None
+    results = json.loads((folder / "results.json").read_text())
+    assert results["seconds"] is None and (results["merging"], results["threshold"]) == ("nms", 0.45)
+    shutil.copytree(folder, cwd / "runs" / "b")
     run("overfeat.py", "--data", voc, "--name", "a", *TINY, "--resume", cwd=cwd)
+    assert "got another merging, threshold in runs/b" in run("table.py", "runs/a", "runs/b", cwd=cwd, code=1).stderr
 
 
 def test_wrong_folders_are_named(tmp_path):
