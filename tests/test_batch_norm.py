@@ -10,7 +10,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from conftest import BACKENDS, distinct_NHWC, seeds
 from tinydet import to_numpy, use
 from tinydet.gradcheck import check_grad
-from tinydet.ops import batch_norm
+from tinydet.ops import batch_norm, conv, linear
 
 
 def statistics(x):
@@ -66,6 +66,44 @@ def test_output_has_mean_beta_and_deviation_gamma_and_dx_is_orthogonal(backend, 
         dx = to_numpy(batch_norm.backward(put(x ** 2), cache)[0])
     assert_allclose(statistics(to_numpy(y)), [[-2] * C, [9] * C], rtol=1e-11)
     assert_allclose([dx.sum((0, 1, 2)), (dx * x).sum((0, 1, 2))], 0, atol=1e-9)       # y ignores shift and scale of x
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(case=cases(), eps=st.sampled_from([1e-5, 0.1]), seed=seeds)
+def test_a_folded_layer_does_the_work_of_both(backend, case, eps, seed):
+    x, rng = case[0], np.random.default_rng(seed)
+    gamma, beta, mean, var, b = rng.uniform(0.5, 2, (5, 3)) * [[-1], [1], [1], [1], [-1]]
+    w = rng.standard_normal((2, 1, x.shape[3], 3))
+    with use(backend) as put:
+        w2, b2 = batch_norm.fold(*map(put, (w, b, gamma, beta, mean, var)), eps)
+        both, _ = batch_norm.forward_frozen(conv.forward(put(x), put(w), put(b))[0], *map(put, (gamma, beta, mean, var)), eps)
+        assert_allclose(to_numpy(conv.forward(put(x), w2, b2)[0]), to_numpy(both), rtol=1e-10, atol=1e-10)
+        rows = x.reshape(-1, x.shape[3])
+        w2, b2 = batch_norm.fold(*map(put, (w[0, 0], b, gamma, beta, mean, var)), eps)
+        y = to_numpy(linear.forward(put(rows), put(w[0, 0]), put(b))[0])[:, None, None]
+        assert_allclose(to_numpy(linear.forward(put(rows), w2, b2)[0]), by_definition(y, gamma, beta, mean, var, eps)[:, 0, 0],
+                        rtol=1e-10, atol=1e-10)
+
+
+def test_folding_is_the_formula_in_either_dtype_and_copies():
+    w, b, gamma, beta, mean, var = arrays = [np.array([[1.0, 2], [3, 4]]), *np.array([[5.0, 6], [3, 4], [7, 8], [1, 2], [9, 16]])]
+    kept = [a.copy() for a in arrays]
+    for eps in (0.0, 7.0):                                                  # 9 + 7 = 16
+        scale = [3 / (9 + eps) ** 0.5, 4 / (16 + eps) ** 0.5]
+        w2, b2 = batch_norm.fold(*arrays, eps)
+        assert_allclose(w2, [[1 * scale[0], 2 * scale[1]], [3 * scale[0], 4 * scale[1]]], rtol=1e-14)
+        assert_allclose(b2, [4 * scale[0] + 7, 4 * scale[1] + 8], rtol=1e-14)
+        w32, b32 = batch_norm.fold(*(np.asarray(a, np.float32) for a in arrays), np.float64(eps))           # no promotion
+        assert w32.dtype == b32.dtype == np.float32
+        assert_allclose(w32, w2, rtol=1e-6)
+        assert_allclose(b32, b2, rtol=1e-6)
+    w2, b2 = batch_norm.fold(w.T, b, np.ones(2), np.zeros(2), np.zeros(2), np.ones(2), 0.0)
+    assert_array_equal(w2, w.T)
+    assert not np.shares_memory(w2, w) and not np.shares_memory(b2, b)
+    for a, before in zip(arrays, kept):
+        assert_array_equal(a, before)
+    zero_variance = batch_norm.fold(w, b, np.ones(2), np.zeros(2), np.zeros(2), np.zeros(2))[0]
+    assert_allclose(zero_variance, w / 1e-5 ** 0.5, rtol=1e-14)             # the default eps
 
 
 def test_backends_agree_also_in_float32_transposed_and_over_many_rows(all_threads):
@@ -129,6 +167,22 @@ def test_nan_stays_in_its_channel(backend):
 def test_forward_errors(change, error, message):
     with pytest.raises(error, match=r"^batch_norm\.forward: " + message):
         batch_norm.forward(**{**dict(x=np.ones((1, 2, 2, 2)), gamma=np.ones(2), beta=np.ones(2)), **change})
+
+
+PER_CHANNEL = ("b", "gamma", "beta", "mean", "var")
+
+
+@pytest.mark.parametrize("change, error, message", [
+    (dict(w=[[1.0, 1.0]]), TypeError, "w must be an array, got list"),
+    (dict(w=np.ones((3, 2), int)), TypeError, "w must be float32 or float64, got int64"),
+    (dict(b=[1.0, 1.0]), TypeError, "b must be an array, got list"),
+    (dict(w=np.ones((3, 2), np.float32)), TypeError, "dtypes must agree, got w float32, b float64, gamma float64, beta float64"),
+    *[({name: np.ones(2, np.float32)}, TypeError, f"dtypes must agree, got .*{name} float32") for name in PER_CHANNEL],
+    *[({name: np.ones(3)}, ValueError, rf"{name} must have shape \(2,\), got \(3,\)") for name in PER_CHANNEL],
+])
+def test_fold_errors(change, error, message):
+    with pytest.raises(error, match=r"^batch_norm\.fold: " + message):
+        batch_norm.fold(**{**dict(w=np.ones((3, 2))), **dict.fromkeys(PER_CHANNEL, np.ones(2)), **change})
 
 
 def test_frozen_and_backward_errors():

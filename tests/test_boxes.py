@@ -118,6 +118,11 @@ def test_float32_empty_and_transposed():
     assert boxes.clip(a, 3, 5).dtype == np.float32
 
 
+def test_sides_below_one_are_coded_too():
+    p, g = np.array([[0, 0, 0.5, 0.25]]), np.array([[0.1, 0.1, 0.3, 0.6]])
+    assert_allclose(boxes.decode(p, boxes.encode(p, g)), g, rtol=1e-12)
+
+
 @pytest.mark.parametrize("call, error, message", [
     (lambda a: boxes.area(a[0]), ValueError, r"area: boxes must have shape \(R, 4\), got \(4,\)"),
     (lambda a: boxes.iou(a.astype(int), a), TypeError, "intersection: a must be float32 or float64, got int64"),
@@ -125,6 +130,7 @@ def test_float32_empty_and_transposed():
     (lambda a: boxes.iou(a, a.astype(np.float32)), TypeError, "intersection: dtypes must agree, got a float64, b float32"),
     (lambda a: boxes.encode(a, a[:1]), ValueError, r"encode: boxes must have shape \(2, 4\), got \(1, 4\)"),
     (lambda a: boxes.encode(a, [[0, 0, 1, 1]] * 2), TypeError, "encode: boxes must be an array, got list"),
+    (lambda a: boxes.encode(a * 0, a), ValueError, "encode: every side of anchors and boxes must be positive"),
     (lambda a: boxes.encode(a, a * 0), ValueError, "encode: every side of anchors and boxes must be positive"),
     (lambda a: boxes.encode(a * np.nan, a), ValueError, "encode: every side of anchors and boxes must be positive"),
     (lambda a: boxes.decode(a, a[:1]), ValueError, r"decode: deltas must have shape \(2, 4\), got \(1, 4\)"),

@@ -12,13 +12,14 @@ from tinydet.ops import conv
 
 def by_definition(x, w, b, stride=1, pad=0, dilation=1):
     (N, H, W, C), (kh, kw, _, Cout) = x.shape, w.shape
-    oh = (H + 2 * pad - dilation * (kh - 1) - 1) // stride + 1
-    ow = (W + 2 * pad - dilation * (kw - 1) - 1) // stride + 1
+    top, bottom, left, right = pad if isinstance(pad, tuple) else [pad] * 4
+    oh = (H + top + bottom - dilation * (kh - 1) - 1) // stride + 1
+    ow = (W + left + right - dilation * (kw - 1) - 1) // stride + 1
     y = np.empty((N, oh, ow, Cout))
     for n, i, j, o in np.ndindex(y.shape):
         y[n, i, j, o] = b[o]
         for u, v, c in np.ndindex(kh, kw, C):
-            row, col = i * stride + u * dilation - pad, j * stride + v * dilation - pad
+            row, col = i * stride + u * dilation - top, j * stride + v * dilation - left
             if 0 <= row < H and 0 <= col < W:
                 y[n, i, j, o] += x[n, row, col, c] * w[u, v, c, o]
     return y
@@ -28,8 +29,10 @@ def by_definition(x, w, b, stride=1, pad=0, dilation=1):
 def cases(draw):
     """x, w, b and (stride, pad, dilation) with at least one complete window, sides and kernels drawn apart."""
     N, H, W, C, kh, kw, Cout = (draw(st.integers(1, m)) for m in (2, 5, 5, 2, 3, 3, 2))
-    stride, pad, dilation = draw(st.integers(1, 3)), draw(st.integers(0, 2)), draw(st.integers(1, 2))
-    assume(H + 2 * pad > dilation * (kh - 1) and W + 2 * pad > dilation * (kw - 1))
+    stride, dilation, sides = draw(st.integers(1, 3)), draw(st.integers(1, 2)), tuple(draw(st.integers(0, 2)) for _ in range(4))
+    pad = draw(st.sampled_from([sides[0], sides, sides]))                   # one number, or every side its own
+    top, bottom, left, right = pad if isinstance(pad, tuple) else [pad] * 4
+    assume(H + top + bottom > dilation * (kh - 1) and W + left + right > dilation * (kw - 1))
     rng = np.random.default_rng(draw(seeds))
     return [rng.standard_normal(s) for s in ((N, H, W, C), (kh, kw, C, Cout), (Cout,))], (stride, pad, dilation)
 
@@ -65,6 +68,42 @@ def test_the_head_of_the_1d_example():
     assert_array_equal(conv.forward(s, w, b, dilation=3)[0].ravel(), [47, 43, 43, 55, 55, 53])
 
 
+def test_fully_connected_as_convolution_of_the_notes():
+    """Oquab notes 7, fixture 2: image (2, 4, 5) and kernels (2, 2, 3, 3), both channels-first there."""
+    c, i, j = np.indices((2, 4, 5))
+    x = ((20 * c + 5 * i + j) / 10).transpose(1, 2, 0)[None]
+    o, c, i, j = np.indices((2, 2, 3, 3))
+    y, _ = conv.forward(x, (((o + 1) * (c + 1) + i - j) / 10).transpose(2, 3, 1, 0), np.array([0.5, -0.5]))
+    assert_allclose(y[0, :, :, 0], [[6.20, 6.47, 6.74], [7.55, 7.82, 8.09]], rtol=1e-12)
+    assert_allclose(y[0, :, :, 1], [[10.42, 10.96, 11.50], [13.12, 13.66, 14.20]], rtol=1e-12)
+
+
+@pytest.mark.parametrize("side, kernel, stride, pad, out", [(224, 11, 4, (2, 1, 2, 1), 55), (250, 11, 4, (2, 1, 2, 1), 61),
+                                                            (27, 5, 1, 2, 27), (13, 3, 1, 1, 13), (6, 6, 1, 0, 1)])
+def test_map_sizes_of_the_layer_table_of_the_notes(side, kernel, stride, pad, out):
+    assert conv.forward(*random((1, side, side, 1), (kernel, kernel, 1, 1), (1,)), stride, pad)[0].shape == (1, out, out, 1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [1, 2])
+def test_padding_wider_than_the_kernel(backend, size):
+    """Windows that lie in the padding give the bias and no gradient."""
+    x, w, b = random((1, 2, 3, 2), (size, size, 2, 3), (3,))
+    with use(backend) as put:
+        y, cache = conv.forward(put(x), put(w), put(b), 1, (4, 3, 0, 5))
+        inside, _ = conv.forward(put(x), put(w), put(b), 1, (size - 1, size - 1, 0, size - 1))
+        dy = np.zeros(y.shape)
+        dy[:, :4 - size + 1] = dy[:, 6:] = dy[:, :, 3:] = 1
+        dx, dw, db = map(to_numpy, conv.backward(put(dy), cache))
+    y = to_numpy(y)
+    assert y.shape == (1, 10 - size, 9 - size, 3)
+    assert_array_equal(y[dy > 0], np.broadcast_to(b, y.shape)[dy > 0])
+    assert_allclose(y[:, 5 - size:6, :3], to_numpy(inside), rtol=1e-12)
+    assert_array_equal(dx, np.zeros(x.shape))
+    assert_array_equal(dw, np.zeros(w.shape))
+    assert_array_equal(db, dy.sum((0, 1, 2)))
+
+
 @pytest.mark.parametrize("window, kernel, stride, out", [(231, 11, 4, 56), (221, 7, 2, 108), (28, 5, 1, 24), (6, 6, 1, 1)])
 def test_map_sizes_of_the_overfeat_tables(window, kernel, stride, out):
     assert conv.forward(*random((1, window, window, 1), (kernel, kernel, 1, 1), (1,)), stride)[0].shape == (1, out, out, 1)
@@ -77,7 +116,10 @@ def test_dilation_is_a_kernel_with_zeros_between():
     assert_allclose(conv.forward(x, w, b, 1, 1, 2)[0], conv.forward(x, wide, b, 1, 1)[0], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("shape, kernel, how", [((3, 9, 7, 5), 3, (2, 1, 1)), ((2, 6, 8, 3), 1, (1, 0, 1)), ((2, 6, 8, 3), 1, (2, 0, 1))])
+@pytest.mark.parametrize("shape, kernel, how", [
+    ((3, 9, 7, 5), 3, (2, 1, 1)), ((2, 6, 8, 3), 1, (1, 0, 1)), ((2, 6, 8, 3), 1, (2, 0, 1)),
+    ((3, 7, 8, 2), 3, (2, (2, 1, 0, 3), 2)), ((2, 6, 8, 3), 1, (1, (0, 0, 0, 1), 1)),
+])
 def test_backends_agree_also_in_float32_transposed_and_in_blocks(shape, kernel, how, monkeypatch, all_threads):
     monkeypatch.setattr(conv, "BLOCK", 300)                         # several blocks, the last one not full
     N, H, W, C = shape
@@ -93,6 +135,22 @@ def test_backends_agree_also_in_float32_transposed_and_in_blocks(shape, kernel, 
         for a, b in zip(*results):
             assert a.dtype == b.dtype == dtype
             assert_allclose(a, b, rtol=tolerance, atol=tolerance * 10)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size, pad", [(1, 0), (3, 1), (1, (0, 1, 0, 0))])
+def test_a_gradient_that_is_not_needed_is_none_and_leaves_the_others(backend, size, pad):
+    x, w, b = random((2, 4, 5, 2), (size, size, 2, 3), (3,))
+    with use(backend) as put:
+        y, cache = conv.forward(put(x), put(w), put(b), 1, pad)
+        dy = put(random(y.shape, seed=1)[0])
+        full = [to_numpy(a) for a in conv.backward(dy, cache)]
+        for need_dx, need_dw in ((True, False), (False, True), (False, False)):
+            for a, whole, needed in zip(conv.backward(dy, cache, need_dx, need_dw), full, (need_dx, need_dw, need_dw)):
+                if needed:
+                    assert_array_equal(to_numpy(a), whole)
+                else:
+                    assert a is None
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -129,7 +187,10 @@ def test_nan_reaches_the_windows_that_read_it_and_no_other(backend):
     (dict(stride=0), ValueError, "stride must be at least 1, got 0"),
     (dict(stride=1.5), TypeError, "stride must be an integer, got 1.5"),
     (dict(pad=-1), ValueError, "pad must be at least 0, got -1"),
-    (dict(dilation=2), ValueError, r"x \(1, 4, 4, 2\) with pad 0 holds no window of w \(3, 3, 2, 3\) with dilation 2"),
+    (dict(pad=(1, 1)), ValueError, r"pad must be a number or \(top, bottom, left, right\), got \(1, 1\)"),
+    (dict(pad=(1, 1, 1, 0.5)), TypeError, "pad must be an integer, got 0.5"),
+    (dict(pad=(0, 0, 1, 0), dilation=2), ValueError, r"x \(1, 4, 4, 2\) with pad \(0, 0, 1, 0\) holds no window of w"),
+    (dict(dilation=2), ValueError, r"x \(1, 4, 4, 2\) with pad \(0, 0, 0, 0\) holds no window of w \(3, 3, 2, 3\) with dilation 2"),
 ])
 def test_forward_errors(change, error, message):
     with pytest.raises(error, match=r"^conv\.forward: " + message):

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
@@ -9,31 +9,55 @@ from tinydet import to_numpy, use
 from tinydet.gradcheck import check_grad
 from tinydet.ops import max_pool
 
-sizes, strides = st.integers(1, 3), st.sampled_from([None, 1, 2, 3, 4])      # overlapping, touching and with gaps
+sizes, strides = st.integers(1, 4), st.sampled_from([None, 1, 2, 3, 4])      # overlapping, touching and with gaps
 
 
-def by_definition(x, size, stride):
-    N, H, W, C = x.shape
-    stride = stride or size
-    y = np.empty((N, (H - size) // stride + 1, (W - size) // stride + 1, C), x.dtype)
+def starts(side, size, stride, before, after, ceil):
+    """First pixels of the windows along an axis; negative ones lie in the padding before it."""
+    at, end = -before, side + after
+    while at + size <= end or (ceil and at < side and at - stride + size < end):    # ceil: one more, if a part was not seen yet
+        yield at
+        at += stride
+
+
+def by_definition(x, size, stride=None, pad=0, ceil=False):
+    (N, H, W, C), stride = x.shape, stride or size
+    top, bottom, left, right = pad if isinstance(pad, tuple) else [pad] * 4
+    rows, cols = list(starts(H, size, stride, top, bottom, ceil)), list(starts(W, size, stride, left, right, ceil))
+    y = np.empty((N, len(rows), len(cols), C), x.dtype)
     for n, i, j, c in np.ndindex(y.shape):
-        y[n, i, j, c] = max(x[n, i * stride + u, j * stride + v, c] for u in range(size) for v in range(size))
+        y[n, i, j, c] = max(x[n, row, col, c] for row in range(max(0, rows[i]), min(H, rows[i] + size))
+                            for col in range(max(0, cols[j]), min(W, cols[j] + size)))
     return y
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@given(x=distinct_NHWC(min_side=3, max_side=7), size=sizes, stride=strides)
-def test_forward_is_the_definition(backend, x, size, stride):
-    with use(backend) as put:
-        y, _ = max_pool.forward(put(x), size, stride)
-    assert_array_equal(to_numpy(y), by_definition(x, size, stride), strict=True)
+@st.composite
+def hows(draw):
+    """size, stride, pad (none, all sides alike or four numbers, below size) and ceil."""
+    size, side = draw(sizes), st.integers(0, 3)
+    pad = draw(st.sampled_from([0, size - 1, tuple(draw(side) % size for _ in range(4))]))
+    return size, draw(strides), pad, draw(st.booleans())
+
+
+def holds_a_window(x, size, stride, pad, ceil):
+    return 0 not in by_definition(x[:1, :, :, :1], size, stride, pad, ceil).shape
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@given(x=distinct_NHWC(min_side=3, max_side=7), size=sizes, stride=strides)
-def test_gradient(backend, x, size, stride):
+@given(x=distinct_NHWC(max_side=7), how=hows())
+def test_forward_is_the_definition(backend, x, how):
+    assume(holds_a_window(x, *how))
     with use(backend) as put:
-        check_grad(lambda x: max_pool.forward(x, size, stride), max_pool.backward, [x], put=put)
+        y, _ = max_pool.forward(put(x), *how)
+    assert_array_equal(to_numpy(y), by_definition(x, *how), strict=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(x=distinct_NHWC(max_side=7), how=hows())
+def test_gradient(backend, x, how):
+    assume(holds_a_window(x, *how))
+    with use(backend) as put:
+        check_grad(lambda x: max_pool.forward(x, *how), max_pool.backward, [x], put=put)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -57,8 +81,82 @@ def test_the_first_nan_wins_its_window_and_takes_the_gradient(backend, at):
     assert_array_equal(to_numpy(dx).ravel(), np.arange(6) == at[0])
 
 
-@pytest.mark.parametrize("shape, size, stride", [((2, 9, 7, 3), 3, 2), ((1, 5, 5, 1), 5, 1), ((1, 19, 18, 2), 17, 1)])
-def test_numba_equals_numpy_exactly(shape, size, stride, all_threads):
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [-np.inf, -7.0, np.nan])
+@pytest.mark.parametrize("pad, ceil", [(2, False), ((1, 2, 0, 1), True)])
+def test_padding_never_wins(backend, value, pad, ceil):
+    """Nor where all else is -inf, and the gradient stays in the image, at the first pixel of each window."""
+    x = np.full((1, 4, 5, 1), value)
+    with use(backend) as put:
+        y, cache = max_pool.forward(put(x), 3, 2, pad, ceil)
+        dx = to_numpy(max_pool.backward(put(np.ones(y.shape)), cache))
+    assert_array_equal(to_numpy(y), np.full(y.shape, value))
+    top, left = (2, 2) if pad == 2 else (1, 0)
+    expected = np.zeros((4, 5))
+    for i, j in np.ndindex(y.shape[1:3]):
+        expected[max(0, 2 * i - top), max(0, 2 * j - left)] += 1
+    assert_array_equal(dx[0, :, :, 0], expected)
+
+
+@pytest.mark.parametrize("side, size, stride, before, after, floor, ceil", [
+    (6, 2, 2, 0, 0, 3, 3),          # no rest: both agree
+    (7, 2, 2, 0, 0, 3, 4),
+    (7, 3, 2, 0, 0, 3, 3),
+    (8, 3, 2, 0, 0, 3, 4),
+    (2, 3, 2, 0, 0, 0, 1),          # smaller than a window
+    (4, 3, 2, 1, 1, 2, 3),
+    (3, 2, 2, 1, 1, 2, 2),          # ceil alone gives 3, but the third window would begin in the bottom padding
+    (3, 3, 3, 1, 1, 1, 2),
+    (4, 3, 3, 2, 2, 2, 2),          # again: the third would begin at 6 - 2 = 4
+    (5, 3, 3, 2, 2, 3, 3),
+    (5, 2, 4, 0, 0, 1, 2),          # windows with gaps
+    (5, 1, 5, 0, 0, 1, 1),          # the second would begin at 5
+    (112, 3, 2, 0, 0, 55, 56),
+    (112, 3, 2, 1, 1, 56, 57),
+])
+def test_output_sizes_by_hand(side, size, stride, before, after, floor, ceil):
+    assert max_pool.output_size(side, size, stride, before, after, False) == floor
+    assert max_pool.output_size(side, size, stride, before, after, True) == ceil
+
+
+@given(x=distinct_NHWC(max_side=7, max_N=1, max_C=1), how=hows())
+def test_output_sizes_are_those_of_the_definition_and_every_window_holds_a_pixel(x, how):
+    size, stride, pad, ceil = how
+    sides = pad if isinstance(pad, tuple) else (pad,) * 4
+    for side, (before, after) in zip(x.shape[1:3], (sides[:2], sides[2:])):
+        at = list(starts(side, size, stride or size, before, after, ceil))
+        assert max(0, max_pool.output_size(side, size, stride or size, before, after, ceil)) == len(at)
+        assert all(-size < first < side for first in at)
+
+
+def alexnet_sides(side, ceil):
+    """C1, P1, P2, P5 and score map of Oquab et al. for an image of that side (notes, sec. 1 and 4.1); pools are 3/2."""
+    c1 = (side + 3 - 11) // 4 + 1
+    p1 = max_pool.output_size(c1, 3, 2, 0, 0, ceil)
+    p2 = max_pool.output_size(p1, 3, 2, 0, 0, ceil)
+    p5 = max_pool.output_size(p2, 3, 2, 0, 0, ceil)
+    return c1, p1, p2, p5, p5 - 5
+
+
+@pytest.mark.parametrize("side, sides", [
+    (224, (55, 27, 13, 6, 1)), (250, (61, 30, 14, 6, 1)), (256, (63, 31, 15, 7, 2)), (287, (70, 34, 16, 7, 2)),
+    (288, (71, 35, 17, 8, 3)), (350, (86, 42, 20, 9, 4)), (500, (124, 61, 30, 14, 9)), (700, (174, 86, 42, 20, 15)),
+    (1000, (249, 124, 61, 30, 25)), (1024, (255, 127, 63, 31, 26)), (1400, (349, 174, 86, 42, 37)), (2048, (511, 255, 127, 63, 58)),
+])
+def test_map_sides_of_the_notes(side, sides):
+    assert alexnet_sides(side, False) == sides
+
+
+def test_floor_gives_the_score_map_of_the_notes_and_ceil_does_not():
+    assert all(alexnet_sides(side, False)[-1] == (side - 224) // 32 + 1 for side in range(224, 2049))
+    assert [alexnet_sides(side, True)[-1] for side in (250, 500)] == [2, 10]
+
+
+@pytest.mark.parametrize("shape, size, stride, pad, ceil", [
+    ((2, 9, 7, 3), 3, 2, 0, False), ((1, 5, 5, 1), 5, 1, 0, False), ((1, 19, 18, 2), 17, 1, 0, False),
+    ((2, 9, 8, 3), 3, 2, 1, True), ((2, 5, 9, 2), 4, 3, (3, 0, 1, 2), True), ((3, 6, 5, 1), 4, 2, (0, 3, 2, 1), False),
+])
+def test_numba_equals_numpy_exactly(shape, size, stride, pad, ceil, all_threads):
     """With ties, transposed, in both dtypes; a window of 17 x 17 has more places than a uint8 holds."""
     for dtype in (np.float64, np.float32)[:1 if size > 16 else 2]:
         x = np.random.default_rng(0).integers(0, 50, shape[::-1]).astype(dtype).T
@@ -66,7 +164,7 @@ def test_numba_equals_numpy_exactly(shape, size, stride, all_threads):
         results = []
         for backend in ("numpy", "numba"):
             with use(backend):
-                y, cache = max_pool.forward(x, size, stride)
+                y, cache = max_pool.forward(x, size, stride, pad, ceil)
                 dy = np.random.default_rng(1).integers(-9, 9, y.shape[::-1]).astype(dtype).T
                 results.append((y, cache[3], max_pool.backward(dy, cache)))
         for a, b in zip(*results):
@@ -74,9 +172,10 @@ def test_numba_equals_numpy_exactly(shape, size, stride, all_threads):
         assert results[0][2].dtype == dtype
 
 
-@given(x=distinct_NHWC(min_side=3), size=sizes, stride=strides)
-def test_gradient_is_conserved_and_stays_on_winners(x, size, stride):
-    y, cache = max_pool.forward(x, size, stride)
+@given(x=distinct_NHWC(), how=hows())
+def test_gradient_is_conserved_and_stays_on_winners(x, how):
+    assume(holds_a_window(x, *how))
+    y, cache = max_pool.forward(x, *how)
     dx = max_pool.backward(np.ones(y.shape), cache)
     assert dx.sum() == y.size                               # dropped pixels get nothing, no share is lost
     assert set(x[dx > 0]) == set(y.ravel())
@@ -91,17 +190,24 @@ def test_empty_and_one_element(backend):
         assert to_numpy(y).item() == -3 and to_numpy(max_pool.backward(y, cache)).item() == -3
 
 
-@pytest.mark.parametrize("x, size, stride, error, message", [
-    (np.zeros((1, 2, 3, 1)), 3, None, ValueError, r"x \(1, 2, 3, 1\) holds no 3x3 window"),
-    (np.zeros((2, 3, 1)), 2, None, ValueError, r"x must have shape \(N, H, W, C\), got \(2, 3, 1\)"),
-    (np.zeros((1, 2, 3, 1), int), 2, None, TypeError, "x must be float32 or float64, got int64"),
-    (np.zeros((1, 2, 3, 1)), 0, 1, ValueError, "size must be at least 1, got 0"),
-    (np.zeros((1, 2, 3, 1)), 2, 0, ValueError, "stride must be at least 1, got 0"),
-    (np.zeros((1, 2, 3, 1)), 2.0, 1, TypeError, "size must be an integer, got 2.0"),
+@pytest.mark.parametrize("change, error, message", [
+    (dict(size=3), ValueError, r"x \(1, 2, 3, 1\) holds no 3x3 window"),
+    (dict(size=5, stride=2, ceil=True), ValueError, r"x \(1, 2, 3, 1\) holds no 5x5 window"),
+    (dict(x=np.zeros((1, 0, 3, 1)), pad=1), ValueError, r"x \(1, 0, 3, 1\) holds no 2x2 window"),
+    (dict(x=np.zeros((1, 3, 0, 1)), pad=1), ValueError, r"x \(1, 3, 0, 1\) holds no 2x2 window"),
+    (dict(x=np.zeros((2, 3, 1))), ValueError, r"x must have shape \(N, H, W, C\), got \(2, 3, 1\)"),
+    (dict(x=np.zeros((1, 2, 3, 1), int)), TypeError, "x must be float32 or float64, got int64"),
+    (dict(size=0, stride=1), ValueError, "size must be at least 1, got 0"),
+    (dict(stride=0), ValueError, "stride must be at least 1, got 0"),
+    (dict(size=2.0, stride=1), TypeError, "size must be an integer, got 2.0"),
+    (dict(pad=2), ValueError, r"pad must be below the window's size 2, got \(2, 2, 2, 2\)"),
+    (dict(pad=(0, 0, 0, 3)), ValueError, r"pad must be below the window's size 2, got \(0, 0, 0, 3\)"),
+    (dict(pad=(1, 1)), ValueError, r"pad must be a number or \(top, bottom, left, right\), got \(1, 1\)"),
+    (dict(pad=-1), ValueError, "pad must be at least 0, got -1"),
 ])
-def test_errors(x, size, stride, error, message):
+def test_errors(change, error, message):
     with pytest.raises(error, match=r"^max_pool\.forward: " + message):
-        max_pool.forward(x, size, stride)
+        max_pool.forward(**{**dict(x=np.zeros((1, 2, 3, 1)), size=2), **change})
 
 
 def test_backward_error():

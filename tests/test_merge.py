@@ -148,6 +148,13 @@ def test_identical_boxes_merge_at_zero_and_boxes_without_area_where_they_coincid
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_the_default_threshold_is_the_half_of_the_notes(backend):
+    """Two boxes of side 10, d apart: match score d/10 + 1 - IoU, 0.41 at d = 1.5 and 0.76 at d = 3."""
+    for d, count in ((1.5, 1), (3, 2)):
+        assert len(run(backend, np.array([[0.0, 0, 10, 10], [d, 0, 10 + d, 10]]), np.ones(2))[0]) == count
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_empty_one_float32_and_transposed(backend):
     boxes, scores = cluster(0)
     for R in (0, 1):

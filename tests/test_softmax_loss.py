@@ -61,6 +61,11 @@ def test_far_logits():
     assert_array_equal(dx, [[0, 0], [-0.5, 0.5]])
 
 
+def test_softmax_of_far_logits():
+    p = softmax_loss.softmax(np.array([[1000.0, -1000, 1000 - np.log(3)], [-1000, -1000, -1000]]))
+    assert_allclose(p, [[0.75, 0, 0.25], [1 / 3, 1 / 3, 1 / 3]], rtol=1e-12)
+
+
 @given(case=cases())
 def test_an_ignored_row_counts_in_nothing(case):
     x, labels = case

@@ -51,11 +51,31 @@ def whole(op, minimum, **values):
             raise ValueError(f"{op}: {name} must be at least {minimum}, got {v}")
 
 
+def padding(op, pad):
+    """pad as (top, bottom, left, right): a number stands for all four. Raises TypeError or ValueError unless all are integers >= 0."""
+    sides = tuple(pad) if isinstance(pad, (tuple, list)) else (pad,) * 4
+    if len(sides) != 4:
+        raise ValueError(f"{op}: pad must be a number or (top, bottom, left, right), got {pad!r}")
+    for side in sides:
+        whole(op, 0, pad=side)
+    return tuple(int(side) for side in sides)
+
+
 def finite(op, **arrays):
     """Raise ValueError if an array holds NaN or infinity: a sort would hide it."""
     for name, a in arrays.items():
         if not bool(array_module(a).isfinite(a).all()):
             raise ValueError(f"{op}: {name} must be finite, got NaN or infinity")
+
+
+def ternary(op, y, shape):
+    """Raise unless y is an integer array of that shape with values -1, 0 and 1 only."""
+    array(op, "labels", y)
+    if y.dtype.kind not in "iu":
+        raise TypeError(f"{op}: labels must be integers, got {y.dtype}")
+    same_shape(op, shape, labels=y)
+    if y.size and (int(y.min()) < -1 or int(y.max()) > 1):
+        raise ValueError(f"{op}: labels must be -1, 0 or 1, got {int(y.min())}..{int(y.max())}")
 
 
 def labels(op, y, rows, K):

@@ -6,7 +6,7 @@ import numpy as np
 from numba import njit, prange
 
 from tinydet import checks
-from tinydet.backend import pick
+from tinydet.backend import array_module, pick
 
 PARTS = 64              # rows are summed in this many parts whatever the thread count: the same bits on 1 or 8 threads
 
@@ -53,6 +53,21 @@ def backward(dy, cache):
     return dx, dgamma.astype(x.dtype), dbeta.astype(x.dtype)
 
 
+def fold(w, b, gamma, beta, mean, var, eps=1e-5):
+    """Weights and bias of one convolution that does the work of a convolution and the frozen batch norm behind it.
+
+    w' = w * gamma / sqrt(var + eps), b' = (b - mean) * gamma / sqrt(var + eps) + beta, so that conv(x, w', b') =
+    forward_frozen(conv(x, w, b), gamma, beta, mean, var, eps) up to rounding. w: (..., Cout), conv or linear; the others (Cout,); one
+    dtype. Returns w', b' (copies). Raises ValueError for shapes, TypeError for dtypes.
+    """
+    op = "batch_norm.fold"
+    checks.float_array(op, "w", w)
+    checks.same_dtype(op, w=w, b=b, gamma=gamma, beta=beta, mean=mean, var=var)
+    checks.same_shape(op, w.shape[-1:], b=b, gamma=gamma, beta=beta, mean=mean, var=var)
+    scale = gamma / array_module(w).sqrt(var + w.dtype.type(eps))
+    return w * scale, (b - mean) * scale + beta
+
+
 def _check(op, x, **channel):
     checks.float_array(op, "x", x, "(N, H, W, C)")
     checks.same_dtype(op, x=x, **channel)
@@ -60,7 +75,7 @@ def _check(op, x, **channel):
 
 
 def _normalise(x, gamma, beta, mean, var, eps, training):
-    inverse = 1 / np.sqrt(var + x.dtype.type(eps))
+    inverse = 1 / array_module(x).sqrt(var + x.dtype.type(eps))
     run = pick(x, numpy=_scale_numpy, numba=_scale_numba)
     return run(x, mean, inverse * gamma, beta), (x, gamma, mean, inverse, training)
 

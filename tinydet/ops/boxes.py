@@ -30,7 +30,7 @@ def iou(a, b, plus_one=False):
     """(A, B) intersection over union of boxes a (A, 4) and b (B, 4), one float dtype; 0 where the union is empty."""
     inter = intersection(a, b, plus_one)
     union = area(a, plus_one)[:, None] + area(b, plus_one) - inter
-    return inter / array_module(a).where(union > 0, union, 1) * (union > 0)
+    return inter / array_module(a).where(union > 0, union, 1)
 
 
 def encode(anchors, boxes, plus_one=False):

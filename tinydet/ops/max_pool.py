@@ -6,26 +6,42 @@ from tinydet import checks
 from tinydet.backend import pick
 
 
-def forward(x, size, stride=None):
+def forward(x, size, stride=None, pad=0, ceil=False):
     """Largest value of each size x size window, windows `stride` apart (default: size, so that they do not overlap).
 
-    y[n,i,j,c] = max_{u,v < size} x[n, i*stride + u, j*stride + v, c]; windows that the border cuts are dropped (floor).
-    x: (N, H, W, C) float32 or float64. Returns y (N, (H - size)//stride + 1, (W - size)//stride + 1, C) and cache.
-    Ties go to the first pixel in row order; NaN in a window gives NaN. N = 0 gives an empty y.
-    Raises ValueError if x holds no complete window, TypeError for other dtypes.
+    y[n,i,j,c] = max_{u,v < size} x[n, i*stride + u - top, j*stride + v - left, c] over the pixels that lie in the image.
+    pad: one number for all sides or (top, bottom, left, right), each below size; padding never wins. Windows that the padded
+    border cuts are dropped (floor); ceil=True keeps them, where they begin in the image or in its top or left padding (Caffe's
+    rule: the nets of Fast R-CNN need it; Oquab et al. and OverFeat need floor).
+    x: (N, H, W, C) float32 or float64. Returns y (N, oh, ow, C) and cache; oh = (H + top + bottom - size)//stride + 1, with
+    ceil the quotient rounded up. Ties go to the first pixel in row order; the first NaN in a window wins it, y is NaN there.
+    N = 0 gives an empty y. Raises ValueError if x holds no window, TypeError for other dtypes.
     """
-    return pool("max_pool.forward", x, size, size if stride is None else stride)
+    return pool("max_pool.forward", x, size, size if stride is None else stride, pad, ceil)
 
 
-def pool(op, x, size, stride):
+def pool(op, x, size, stride, pad=0, ceil=False):
     """forward under another op's name in its errors: offset pooling is max pooling of stride 1."""
     checks.float_array(op, "x", x, "(N, H, W, C)")
     checks.whole(op, 1, size=size, stride=stride)
-    if min(x.shape[1:3]) < size:
+    pad = checks.padding(op, pad)
+    if max(pad) >= size:
+        raise ValueError(f"{op}: pad must be below the window's size {size}, got {pad}")
+    oh, ow = (output_size(x.shape[d + 1], size, stride, *pad[2 * d:2 * d + 2], ceil) for d in (0, 1))
+    if min(oh, ow, *x.shape[1:3]) < 1:
         raise ValueError(f"{op}: x {x.shape} holds no {size}x{size} window")
     run = pick(x, numpy=_forward_numpy, numba=_forward_numba)
-    y, argmax = run(x, size, stride)                            # argmax: u * size + v, uint8 up to size 16
-    return y, (x.shape, size, stride, argmax)
+    y, argmax = run(x, (len(x), oh, ow, x.shape[3]), size, stride, pad[0], pad[2])      # argmax: u * size + v, uint8 up to size 16
+    return y, (x.shape, size, stride, argmax, pad[0], pad[2])
+
+
+def output_size(side, size, stride, before, after, ceil):
+    """Number of windows along one axis of `side` pixels (formula: forward)."""
+    room = side + before + after - size
+    if not ceil:
+        return room // stride + 1
+    windows = -(-room // stride) + 1
+    return windows - ((windows - 1) * stride >= side + before)
 
 
 def backward(dy, cache):
@@ -35,46 +51,58 @@ def backward(dy, cache):
     return run(dy, *cache)
 
 
-def _forward_numpy(x, size, stride):
-    windows = np.lib.stride_tricks.sliding_window_view(x, (size, size), (1, 2))[:, ::stride, ::stride]
-    windows = windows.reshape(*windows.shape[:4], size * size)
-    argmax = windows.argmax(-1).astype(np.min_scalar_type(size * size - 1))
-    return windows.max(-1), argmax
+def _forward_numpy(x, shape, size, stride, top, left):
+    _, oh, ow, _ = shape
+    H, W = ((oh - 1) * stride + size, (ow - 1) * stride + size)         # of the padded image, as far as windows reach
+    padded, inside = np.zeros((len(x), H, W, x.shape[3]), x.dtype), np.zeros((1, H, W, 1), bool)
+    real = slice(None), slice(top, min(H, top + x.shape[1])), slice(left, min(W, left + x.shape[2]))
+    padded[real], inside[real] = x[:, :H - top, :W - left], True
+    y, argmax = np.zeros(shape, x.dtype), np.full(shape, -1)
+    for u in range(size):
+        for v in range(size):
+            at = slice(None), slice(u, u + stride * (oh - 1) + 1, stride), slice(v, v + stride * (ow - 1) + 1, stride)
+            value = padded[at]
+            wins = inside[at] & ((argmax < 0) | (value > y) | (np.isnan(value) & ~np.isnan(y)))
+            y, argmax = np.where(wins, value, y), np.where(wins, u * size + v, argmax)
+    return y, argmax.astype(np.min_scalar_type(size * size - 1))
 
 
-def _backward_numpy(dy, shape, size, stride, argmax):
+def _backward_numpy(dy, shape, size, stride, argmax, top, left):
     n, i, j, c = np.indices(dy.shape)
     u, v = np.divmod(argmax.astype(int), size)
     dx = np.zeros(shape, dy.dtype)
-    np.add.at(dx, (n, i * stride + u, j * stride + v, c), dy)   # add, never assign: windows may overlap
+    np.add.at(dx, (n, i * stride + u - top, j * stride + v - left, c), dy)      # add, never assign: windows may overlap
     return dx
 
 
-def _forward_numba(x, size, stride):
-    N, H, W, C = x.shape
-    y = np.empty((N, (H - size) // stride + 1, (W - size) // stride + 1, C), x.dtype)
-    argmax = np.empty(y.shape, np.min_scalar_type(size * size - 1))
-    _pool(np.ascontiguousarray(x), y, argmax, size, stride)
+def _forward_numba(x, shape, size, stride, top, left):
+    y, argmax = np.empty(shape, x.dtype), np.empty(shape, np.min_scalar_type(size * size - 1))
+    _pool(np.ascontiguousarray(x), y, argmax, size, stride, top, left)
     return y, argmax
 
 
-def _backward_numba(dy, shape, size, stride, argmax):
+def _backward_numba(dy, shape, size, stride, argmax, top, left):
     dx = np.empty(shape, dy.dtype)
-    _unpool(np.ascontiguousarray(dy), np.ascontiguousarray(argmax), dx, size, stride)
+    _unpool(np.ascontiguousarray(dy), np.ascontiguousarray(argmax), dx, size, stride, top, left)
     return dx
 
 
 @njit(cache=True, parallel=True)
-def _pool(x, y, argmax, size, stride):
+def _pool(x, y, argmax, size, stride, top, left):
     N, oh, ow, C = y.shape
+    H, W = x.shape[1:3]
     for line in prange(N * oh):
         n, i = divmod(np.int64(line), oh)
+        row = i * stride - top                                          # the window's first row; it begins in the image at `above`
+        above, below = max(0, -row), min(size, H - row)
         for j in range(ow):
+            col = j * stride - left
+            before, after = max(0, -col), min(size, W - col)
             for c in range(C):
-                best, at = x[n, i * stride, j * stride, c], 0
-                for u in range(size):
-                    for v in range(size):
-                        value = x[n, i * stride + u, j * stride + v, c]
+                best, at = x[n, row + above, col + before, c], above * size + before
+                for u in range(above, below):
+                    for v in range(before, after):
+                        value = x[n, row + u, col + v, c]
                         if value > best or (value != value and best == best):       # a NaN wins and stays
                             best, at = value, u * size + v
                 y[n, i, j, c] = best
@@ -82,18 +110,20 @@ def _pool(x, y, argmax, size, stride):
 
 
 @njit(cache=True, parallel=True)
-def _unpool(dy, argmax, dx, size, stride):
+def _unpool(dy, argmax, dx, size, stride, top, left):
     """Gather: every pixel looks at the windows that cover it, so no two threads write to one place."""
     N, H, W, C = dx.shape
     oh, ow = dy.shape[1:3]
     for line in prange(N * H):
         n, row = divmod(np.int64(line), H)
+        y = row + top                                                   # in the padded image
         for col in range(W):
+            x = col + left
             for c in range(C):
                 dx[n, row, col, c] = 0
-            for i in range(max(0, (row - size + stride) // stride), min(oh - 1, row // stride) + 1):
-                for j in range(max(0, (col - size + stride) // stride), min(ow - 1, col // stride) + 1):
-                    at = (row - i * stride) * size + col - j * stride
+            for i in range(max(0, (y - size + stride) // stride), min(oh - 1, y // stride) + 1):
+                for j in range(max(0, (x - size + stride) // stride), min(ow - 1, x // stride) + 1):
+                    at = (y - i * stride) * size + x - j * stride
                     for c in range(C):
                         if argmax[n, i, j, c] == at:
                             dx[n, row, col, c] += dy[n, i, j, c]

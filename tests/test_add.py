@@ -1,0 +1,62 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.testing import assert_array_equal
+
+from conftest import BACKENDS, distinct, seeds
+from tinydet import to_numpy, use
+from tinydet.gradcheck import check_grad
+from tinydet.ops import add
+
+
+@st.composite
+def pairs(draw):
+    """Two arrays of one shape, one to four axes, any of them empty."""
+    shape, seed = draw(st.lists(st.integers(0, 4), min_size=1, max_size=4)), draw(seeds)
+    return [distinct(shape, seed), distinct(shape, seed + 1)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(pair=pairs())
+def test_forward_is_the_definition(backend, pair):
+    with use(backend) as put:
+        y, _ = add.forward(*map(put, pair))
+    a, b = pair
+    assert y.shape == a.shape and y.dtype == a.dtype
+    for i in np.ndindex(a.shape):
+        assert to_numpy(y)[i] == a[i] + b[i]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(pair=pairs())
+def test_gradient(backend, pair):
+    with use(backend) as put:
+        check_grad(add.forward, add.backward, pair, put=put)
+
+
+@given(pair=pairs())
+def test_order_is_indifferent_and_backward_copies_nothing(pair):
+    y, cache = add.forward(*pair)
+    assert_array_equal(add.forward(*pair[::-1])[0], y)
+    da, db = add.backward(y, cache)
+    assert da is y and db is y
+
+
+def test_float32_and_transposed():
+    a, b = distinct((3, 5), 0), distinct((3, 5), 1)
+    assert_array_equal(add.forward(a.T, b.T)[0], (a + b).T)
+    assert_array_equal(add.forward(a.T.astype(np.float32), b.T.astype(np.float32))[0], (a + b).T.astype(np.float32), strict=True)
+
+
+@pytest.mark.parametrize("a, b, error, message", [
+    ([1.0], np.ones(1), TypeError, "a must be an array, got list"),
+    (np.ones(1), [1.0], TypeError, "b must be an array, got list"),
+    (np.ones(2, int), np.ones(2, int), TypeError, "a must be float32 or float64, got int64"),
+    (np.ones((2, 3)), np.ones((2, 1)), ValueError, r"b must have shape \(2, 3\), got \(2, 1\)"),
+    (np.ones((2, 3)), np.ones(3), ValueError, r"b must have shape \(2, 3\), got \(3,\)"),
+    (np.ones(2), np.ones(2, np.float32), TypeError, "dtypes must agree, got a float64, b float32"),
+])
+def test_errors(a, b, error, message):
+    with pytest.raises(error, match=r"^add\.forward: " + message):
+        add.forward(a, b)

@@ -1,0 +1,36 @@
+"""Focal loss: cross-entropy in which easy examples fade, for the many negatives of a one-stage detector."""
+from tinydet import checks
+from tinydet.backend import array_module
+from tinydet.ops.logistic_loss import sigmoid
+
+
+def loss(x, labels, alpha=0.25, gamma=2.0, normalizer=None):
+    """Sum over all entries of -alpha_t * (1 - p_t)^gamma * log(p_t), divided by the number of positives (Lin et al., 1708.02002).
+
+    p_t = sigmoid(z), z = x for label 1 and -x for label 0; alpha_t = alpha or 1 - alpha (alpha=None: 1 for both).
+    dvalue/dz = alpha_t * (1 - p_t)^gamma * (gamma * p_t * log(p_t) - (1 - p_t)) / normalizer; gamma = 0 is the cross-entropy.
+    (The papers' notes give the loss by name; formula, alpha 0.25, gamma 2 and the normaliser as in that paper, unverified here.)
+    x: any shape, float32 or float64: scores, no sigmoid, one entry an anchor and class. labels: same shape, integers: 1, 0, and
+    -1 for entries that count nowhere. normalizer: a number > 0; default the number of labels 1 (an anchor has one), at least 1.
+    Returns a Python float and dx, x's shape and dtype; 0.0 for an empty x.
+    Raises ValueError for shapes, other labels, alpha outside [0, 1], gamma < 0, a normalizer <= 0; TypeError for dtypes.
+    """
+    op = "focal_loss.loss"
+    checks.float_array(op, "x", x)
+    checks.ternary(op, labels, x.shape)
+    if alpha is not None and not 0 <= alpha <= 1:
+        raise ValueError(f"{op}: alpha must be None or lie in [0, 1], got {alpha}")
+    if not 0 <= gamma < float("inf"):
+        raise ValueError(f"{op}: gamma must be finite and at least 0, got {gamma}")
+    xp = array_module(x)
+    normalizer = max(1, int((labels == 1).sum())) if normalizer is None else normalizer
+    if not 0 < normalizer < float("inf"):
+        raise ValueError(f"{op}: normalizer must be finite and above 0, got {normalizer}")
+    yes, no = (1.0, 1.0) if alpha is None else (alpha, 1 - alpha)
+    sign = xp.where(labels == 1, 1, -1).astype(x.dtype)
+    z = xp.where(labels < 0, 0, sign * x)
+    weight = xp.where(labels < 0, 0, xp.where(labels == 1, yes, no) / normalizer).astype(x.dtype)
+    log_p, rest = -xp.logaddexp(0, -z), sigmoid(-z)             # log(p_t) and 1 - p_t, both exact for large |z|
+    fade = weight * rest ** x.dtype.type(gamma)
+    value = -(fade * log_p).sum(dtype="float64")
+    return float(value), sign * fade * (x.dtype.type(gamma) * sigmoid(z) * log_p - rest)

@@ -1,0 +1,33 @@
+"""Logistic loss: one yes-or-no question for every class of an image."""
+from tinydet import checks
+from tinydet.backend import array_module
+
+
+def loss(x, labels, *, signed):
+    """Sum over the classes, mean over the rows, of log(1 + exp(-t * x)), t = +1 or -1 (Oquab et al.; notes, sec. 4.2).
+
+    value = 1/R sum_{r,k} log(1 + exp(-t[r,k] * x[r,k])), dx = -t * sigmoid(-t * x) / R; sigmoid(x) is the probability of t = +1.
+    x: (R, K) float32 or float64: scores, no sigmoid. labels: (R, K) integers. signed=True: +1 yes, -1 no, 0 counts nowhere;
+    signed=False: 1 yes, 0 no, -1 counts nowhere. There is no default: 0 means one thing in the one and another in the other.
+    R divides whatever is ignored (the released code divides by the batch).
+    Returns a Python float and dx (R, K), same dtype; 0.0 for no rows. Large scores do not overflow: x = -800, t = +1 gives 800.
+    Raises ValueError for shapes and other labels, TypeError for dtypes.
+    """
+    op = "logistic_loss.loss"
+    checks.float_array(op, "x", x, "(R, K)")
+    checks.ternary(op, labels, x.shape)
+    xp = array_module(x)
+    counts = labels != 0 if signed else labels >= 0
+    t = xp.where(labels > 0, 1, -1).astype(x.dtype)
+    z = xp.where(counts, -t * x, 0)
+    rows = max(1, len(x))
+    value = xp.where(counts, xp.logaddexp(0, z), 0).sum(dtype="float64") / rows
+    dx = xp.where(counts, -t * sigmoid(z), 0) / x.dtype.type(rows)
+    return float(value), dx
+
+
+def sigmoid(x):
+    """1 / (1 + exp(-x)) without overflow at either end; -inf gives 0. Same shape and dtype."""
+    xp = array_module(x)
+    e = xp.exp(-abs(x))
+    return xp.where(x >= 0, 1, e) / (1 + e)

@@ -1,0 +1,30 @@
+"""Nearest-neighbour enlargement: the top-down path of a feature pyramid."""
+from tinydet import checks
+from tinydet.backend import array_module
+
+
+def forward(x, factor=2, size=None):
+    """Repeat every pixel factor x factor times: y[n,i,j,c] = x[n, i//factor, j//factor, c] (ap-loss notes, sec. 5: FPN, x2).
+
+    x: (N, H, W, C) float32 or float64. size: (height, width) of y, to meet a lateral map of odd side; the surplus on the
+    bottom and right is left out, at most factor - 1 rows and columns. Default: (factor*H, factor*W).
+    Returns y and cache. N = 0 gives an empty y. Raises ValueError for another size, TypeError for dtypes.
+    """
+    op = "upsample.forward"
+    checks.float_array(op, "x", x, "(N, H, W, C)")
+    checks.whole(op, 1, factor=factor)
+    full = x.shape[1] * factor, x.shape[2] * factor
+    size = full if size is None else tuple(size)
+    if len(size) != 2 or any(not f - factor < s <= f for s, f in zip(size, full)):
+        raise ValueError(f"{op}: size must be {full} or up to {factor - 1} less in each, got {size}")
+    return x.repeat(factor, 1).repeat(factor, 2)[:, :size[0], :size[1]], (x.shape, factor, size)
+
+
+def backward(dy, cache):
+    """dx[n,i,j,c] = sum of dy over the copies of that pixel."""
+    (N, H, W, C), factor, size = cache
+    checks.same_shape("upsample.backward", (N, *size, C), dy=dy)
+    checks.float_array("upsample.backward", "dy", dy)
+    full = array_module(dy).zeros((N, H * factor, W * factor, C), dy.dtype)
+    full[:, :size[0], :size[1]] = dy
+    return full.reshape(N, H, factor, W, factor, C).sum((2, 4))
