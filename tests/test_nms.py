@@ -12,8 +12,8 @@ from tinydet.ops.nms import nms
 thresholds = st.sampled_from([0, 0.25, 0.3, 0.5, 0.7, 1])
 
 
-def by_definition(boxes, scores, threshold, inclusive=False, plus_one=False):
-    """Notes 6: by descending score, ties by lower index; keep the best, drop every later one that overlaps it."""
+def by_definition(boxes, scores, threshold, inclusive=False, plus_one=False, groups=None):
+    """Notes 6: by descending score, ties by lower index; keep the best, drop every later one of its group that overlaps it."""
     def sides(a, b):
         return [max(0.0, min(a[k + 2], b[k + 2]) - max(a[k], b[k]) + plus_one) for k in (0, 1)]
     boxes, kept = boxes.tolist(), []
@@ -26,7 +26,7 @@ def by_definition(boxes, scores, threshold, inclusive=False, plus_one=False):
             inter = np.prod(sides(boxes[i], boxes[j]))
             union = np.prod(sides(boxes[i], boxes[i])) + np.prod(sides(boxes[j], boxes[j])) - inter
             over = inter >= threshold * union if inclusive else inter > threshold * union
-            if not (union > 0 and over):
+            if not (union > 0 and over and (groups is None or groups[i] == groups[j])):
                 survivors.append(j)
         left = survivors
     return kept
@@ -39,16 +39,29 @@ def run(backend, boxes, scores, *args, **options):
 
 @st.composite
 def cases(draw):
-    """Boxes on a half-pixel grid and scores with ties: IoU falls on the thresholds too."""
-    boxes = draw(random_boxes(max_R=16, extent=8))
-    return boxes, np.random.default_rng(draw(seeds)).integers(0, 6, len(boxes)) / 4
+    """Boxes on a half-pixel grid, scores with ties, groups: IoU falls on the thresholds too."""
+    boxes, rng = draw(random_boxes(max_R=16, extent=8)), np.random.default_rng(draw(seeds))
+    return boxes, rng.integers(0, 6, len(boxes)) / 4, rng.integers(-1, 2, len(boxes))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@given(case=cases(), threshold=thresholds, inclusive=st.booleans(), plus_one=st.booleans())
-def test_kept_boxes_are_the_definition(backend, case, threshold, inclusive, plus_one):
-    kept = run(backend, *case, threshold, inclusive, plus_one)
-    assert_array_equal(kept, np.array(by_definition(*case, threshold, inclusive, plus_one), np.int64), strict=True)
+@given(case=cases(), threshold=thresholds, inclusive=st.booleans(), plus_one=st.booleans(), grouped=st.booleans())
+def test_kept_boxes_are_the_definition(backend, case, threshold, inclusive, plus_one, grouped):
+    boxes, scores, groups = case
+    groups = groups if grouped else None
+    kept = run(backend, boxes, scores, threshold, inclusive, plus_one, groups=groups)
+    assert_array_equal(kept, np.array(by_definition(boxes, scores, threshold, inclusive, plus_one, groups), np.int64), strict=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(case=cases(), threshold=thresholds, limit=st.integers(0, 8))
+def test_groups_are_the_same_as_one_run_for_each_merged_by_score(backend, case, threshold, limit):
+    boxes, scores, groups = case
+    own = [np.flatnonzero(groups == g) for g in (-1, 0, 1)]
+    kept = np.concatenate([rows[run(backend, boxes[rows], scores[rows], threshold)] for rows in own])
+    merged = kept[np.lexsort((kept, -scores[kept]))]
+    assert_array_equal(run(backend, boxes, scores, threshold, groups=groups), merged)
+    assert_array_equal(run(backend, boxes, scores, threshold, groups=groups, limit=limit), merged[:limit])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -59,6 +72,46 @@ def test_fixture_f6(backend, threshold, inclusive, plus_one, kept):
     boxes = np.array([[0, 0, 9, 9], [0, 0, 9, 4], [0, 5, 9, 9], [20, 20, 29, 29], [21, 20, 30, 29], [20, 20, 29, 29]], float)
     scores = np.array([0.9, 0.8, 0.9, 0.7, 0.7, 0.6])
     assert run(backend, boxes, scores, threshold, inclusive, plus_one).tolist() == kept
+    assert run(backend, boxes, scores, threshold, inclusive, plus_one, groups=np.full(6, 7)).tolist() == kept
+    alone = run(backend, boxes, scores, threshold, inclusive, plus_one, groups=np.arange(6))
+    assert alone.tolist() == [0, 2, 1, 3, 4, 5]                             # each its own group: nothing is dropped
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_adding_an_offset_per_group_would_leak_left_of_0(backend):
+    """Notes 6, trap 2: boxes + group * (largest coordinate + 1) lays the second box on the first, IoU 0.671862."""
+    boxes, scores, groups = np.array([[80.0, 80, 141, 141], [-60, -60, -10, -10]]), np.array([0.9, 0.8]), np.array([0, 1])
+    shifted = boxes + groups[:, None] * (boxes.max() + 1)
+    assert iou(shifted, shifted)[0, 1] == pytest.approx(0.671862, abs=1e-6)
+    assert run(backend, shifted, scores, 0.5).tolist() == [0]
+    assert run(backend, boxes, scores, 0.5, groups=groups).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_adding_an_offset_per_group_would_move_the_overlap_in_float32(backend):
+    """Notes 6, trap 1: at 80 * 1334 one unit in the last place is 1/128 px, and the IoU of small boxes moves by up to 1e-3."""
+    rng, offset = np.random.default_rng(0), np.float32(80 * 1334)
+    corner, side = rng.uniform(0, 1300, (500, 2)), rng.uniform(4, 30, (500, 2))
+    a = np.concatenate([corner, corner + side], 1).astype(np.float32)
+    b = (a + rng.uniform(-2, 2, a.shape)).astype(np.float32)
+    before, after = (np.diag(iou(p.astype(np.float64), q.astype(np.float64))) for p, q in ((a, b), (a + offset, b + offset)))
+    most = np.argsort(-np.abs(after - before))[:20]
+    assert np.abs(after - before)[most].min() > 2e-4
+    for i in most:
+        pair, threshold = np.stack([a[i], b[i]]), (before[i] + after[i]) / 2
+        scores, groups = np.array([0.9, 0.8], np.float32), np.array([80, 80])
+        assert run(backend, pair, scores, threshold, groups=groups).tolist() == ([0] if before[i] > threshold else [0, 1])
+        assert run(backend, pair + offset, scores, threshold).tolist() == ([0] if after[i] > threshold else [0, 1])     # the other
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int32, np.uint64])
+def test_groups_of_any_integer_dtype_and_stride(backend, dtype):
+    boxes, scores = crowd(60)
+    names = np.array([np.iinfo(dtype).min, 3, np.iinfo(dtype).max], dtype)
+    spread = np.repeat(names[np.arange(60) % 3], 2)[::2]
+    assert not spread.flags["C_CONTIGUOUS"]
+    assert run(backend, boxes, scores, 0.3, groups=spread).tolist() == by_definition(boxes, scores, 0.3, groups=np.arange(60) % 3)
 
 
 def crowd(n, seed=0, dtype=np.float64):
@@ -71,9 +124,11 @@ def crowd(n, seed=0, dtype=np.float64):
 @pytest.mark.parametrize("n", [0, 1, 63, 64, 65, 127, 128, 129, 1000])
 def test_block_borders(n):
     boxes, scores = crowd(n)
-    expected = by_definition(boxes, scores, 0.5)
+    groups = np.random.default_rng(1).integers(-2, 3, n)
+    expected, grouped = by_definition(boxes, scores, 0.5), by_definition(boxes, scores, 0.5, groups=groups)
     for backend in BACKENDS:
         assert run(backend, boxes, scores, 0.5).tolist() == expected
+        assert run(backend, boxes, scores, 0.5, groups=groups).tolist() == grouped
 
 
 def test_numba_equals_numpy_in_float32_at_the_threshold_and_transposed():
@@ -85,6 +140,9 @@ def test_numba_equals_numpy_in_float32_at_the_threshold_and_transposed():
             kept = run("numpy", boxes, scores, float(threshold), inclusive)
             assert_array_equal(kept, run("numba", t, scores, float(threshold), inclusive))
             assert_array_equal(kept, run("numpy", t, scores, float(threshold), inclusive))
+        groups = np.arange(len(boxes)) // 7 % 5
+        assert_array_equal(run("numpy", boxes, scores, float(threshold), groups=groups),
+                           run("numba", t, scores, float(threshold), groups=groups))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -113,20 +171,21 @@ def test_limit_empty_one_and_boxes_without_area(backend):
     boxes, scores = crowd(5)
     assert run(backend, boxes, scores, 0.5, limit=0).tolist() == []
     for dtype in (np.float64, np.float32):
-        kept = run(backend, np.zeros((0, 4), dtype), np.zeros(0, dtype), 0.5)
-        assert kept.shape == (0,) and kept.dtype == np.int64
+        for groups in (None, np.zeros(0, int)):
+            kept = run(backend, np.zeros((0, 4), dtype), np.zeros(0, dtype), 0.5, groups=groups)
+            assert kept.shape == (0,) and kept.dtype == np.int64
     assert run(backend, boxes[:1], scores[:1], 0).tolist() == [0]
     point = np.array([[2.0, 2, 2, 2], [2, 2, 2, 2], [3, 3, 1, 1]])
     assert run(backend, point, np.array([1.0, 2, 3]), 0, inclusive=True).tolist() == [2, 1, 0]
 
 
 def test_arguments_stay_whole():
-    boxes, scores = crowd(20)
-    before = boxes.copy(), scores.copy()
+    (boxes, scores), groups = crowd(20), np.arange(20) % 3
+    before = boxes.copy(), scores.copy(), groups.copy()
     for backend in BACKENDS:
-        run(backend, boxes, scores, 0.5)
-    assert_array_equal(boxes, before[0])
-    assert_array_equal(scores, before[1])
+        run(backend, boxes, scores, 0.5, groups=groups)
+    for now, then in zip((boxes, scores, groups), before, strict=True):
+        assert_array_equal(now, then)
 
 
 @pytest.mark.parametrize("change, error, message", [
@@ -140,6 +199,11 @@ def test_arguments_stay_whole():
     (dict(threshold=np.nan), ValueError, r"threshold must lie in \[0, 1\], got nan"),
     (dict(limit=-1), ValueError, "limit must be at least 0, got -1"),
     (dict(limit=2.0), TypeError, "limit must be an integer, got 2.0"),
+    (dict(groups=np.zeros(3, int)), ValueError, r"groups must have shape \(2,\), got \(3,\)"),
+    (dict(groups=np.zeros((2, 1), int)), ValueError, r"groups must have shape \(2,\), got \(2, 1\)"),
+    (dict(groups=np.zeros(2)), TypeError, "groups must be integers, got float64"),
+    (dict(groups=np.zeros(2, bool)), TypeError, "groups must be integers, got bool"),
+    (dict(groups=[0, 1]), TypeError, "groups must be an array, got list"),
 ])
 def test_errors(change, error, message):
     with pytest.raises(error, match=r"^nms\.nms: " + message):
