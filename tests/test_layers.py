@@ -4,60 +4,62 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from conftest import BACKENDS, distinct
 from tinydet import layers, to_numpy, use
+from tinydet.cases import LAYERS, of_layer
 from tinydet.gradcheck import check_grad
-from tinydet.layers import BatchNorm, Composite, Conv2D, Dropout, MaxPool, OffsetPool, ReLU, Sequential, load
+from tinydet.layers import (LRN, BatchNorm, Composite, Conv2D, Dropout, Linear, MaxPool, ReLU, Sequential, Shared, from_channels_first,
+                            load)
+from tinydet.ops import dropout
 
 
 def rng():
     return np.random.default_rng(0)
 
 
+def conv(Cin=2, Cout=2, size=3, **options):
+    return Conv2D(Cin, Cout, size, rng=rng(), dtype=np.float64, **options)
+
+
+VARIANTS = {"Conv2D dilated": lambda rng: conv(size=2, dilation=2), "Conv2D frozen": lambda rng: conv().freeze(),
+            "BatchNorm frozen": lambda rng: BatchNorm(2, frozen=True, dtype=np.float64),
+            "Linear frozen": lambda rng: Sequential(layers.Flatten(), Linear(40, 3, rng=rng, dtype=np.float64).freeze()),
+            "Dropout by map": lambda rng: Dropout(0.3, by_map=True, inverted=False)}
+NAMES = [*LAYERS, *VARIANTS]
+
+
 def make(name):
     """A float64 layer for x (2, 5, 4, 2)."""
-    return {
-        "Conv2D": lambda: Conv2D(2, 3, 3, stride=2, pad=1, rng=rng(), dtype=np.float64),
-        "Conv2D dilated": lambda: Conv2D(2, 3, 2, dilation=2, rng=rng(), dtype=np.float64),
-        "BatchNorm": lambda: BatchNorm(2, dtype=np.float64),
-        "BatchNorm frozen": lambda: BatchNorm(2, frozen=True, dtype=np.float64),
-        "ReLU": ReLU,
-        "MaxPool": lambda: MaxPool(3, 1),
-        "OffsetPool": lambda: OffsetPool(2),
-        "Dropout": lambda: Dropout(0.3),
-        "Sequential": lambda: Sequential(Conv2D(2, 2, 1, rng=rng(), dtype=np.float64), BatchNorm(2, dtype=np.float64), MaxPool(2)),
-    }[name]()
+    return {**LAYERS, **VARIANTS}[name](rng())
 
 
-NAMES = ["Conv2D", "Conv2D dilated", "BatchNorm", "BatchNorm frozen", "ReLU", "MaxPool", "OffsetPool", "Dropout", "Sequential"]
+def given(name, seed):
+    """What the layer takes."""
+    x = distinct((2, 5, 4, 2), seed)
+    return [x, distinct((1, 3, 3, 2), seed + 10)] if name == "Shared" else x
+
+
+def flat(y):
+    """The numbers of an array or of a list of arrays."""
+    return np.concatenate([a.ravel() for a in (y if isinstance(y, list) else [y])])
 
 
 def test_every_layer_class_is_in_the_list():
     classes = {k for k, c in vars(layers).items() if isinstance(c, type) and issubclass(c, layers.Layer) and hasattr(c, "forward")}
-    assert classes == {name.split()[0] for name in NAMES} == {type(make(name)).__name__ for name in NAMES}
+    assert classes == LAYERS.keys() and not {type(make(name)).__name__ for name in NAMES} - classes
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_gradient_of_input_and_parameters(backend, train, name):
-    layer = make(name)
-    names = list(layer.params)
-
-    def forward(x, *params):
-        for k, p in zip(names, params):
-            layer.params[k][...] = p
-        return layer.forward(x, train, rng())
-
-    def backward(dy, cache):
-        for g in layer.grads.values():
-            g[...] = 0
-        return (layer.backward(dy, cache), *(layer.grads[k].copy() for k in names))
+def test_gradient_of_input_and_parameters(backend, name):
+    forward, backward, inputs = of_layer(make(name), given(name, 0))
     with use(backend) as put:
-        check_grad(forward, backward, [distinct((2, 5, 4, 2), 0), *(layer.params[k].copy() + 0.5 for k in names)], put=put)
+        check_grad(forward, backward, inputs, put=put)
+        layer = make(name).freeze()                                     # test time: nothing random, no batch statistics
+        check_grad(*of_layer(layer, given(name, 0)), put=put)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_add_up_over_two_forwards_before_any_backward(name):
-    layer, x = make(name), [distinct((2, 5, 4, 2), s) for s in (0, 1)]
+    layer, x = make(name), [given(name, s) for s in (0, 1)]
     assert layer.grads.keys() == layer.params.keys() and not any(g.any() for g in layer.grads.values())
     alone = []
     for v in x:
@@ -66,20 +68,38 @@ def test_gradients_add_up_over_two_forwards_before_any_backward(name):
         alone.append((single.backward(y, cache), single.grads))
     ys, caches = zip(*(layer.forward(v, True, rng()) for v in x))
     for k in (0, 1):
-        assert_array_equal(layer.backward(ys[k], caches[k]), alone[k][0])
+        assert_array_equal(flat(layer.backward(ys[k], caches[k])), flat(alone[k][0]))
     for k, g in layer.grads.items():
-        assert g.shape == layer.params[k].shape and g.any()
+        assert g.shape == layer.params[k].shape and g.any() == (k in layer.trained)
         assert_allclose(g, alone[0][1][k] + alone[1][1][k], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_call_is_the_forward_of_test_time_and_changes_no_state(name):
-    layer, x = make(name), distinct((2, 5, 4, 2), 0)
+    layer, x = make(name), given(name, 0)
     before = {k: v.copy() for k, v in layer.arrays().items()}
-    assert_array_equal(layer(x), layer.forward(x, train=False)[0])
+    assert_array_equal(flat(layer(x)), flat(layer.forward(x, train=False)[0]))
     for k, v in layer.arrays().items():
         assert_array_equal(v, before[k])
     assert before.keys() == {*layer.params, *layer.state}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_frozen_layer_trains_nothing_and_sends_the_same_gradient_back(name):
+    layer, frozen = make(name), make(name)
+    assert frozen.freeze() is frozen and frozen.frozen and frozen.trained == {} and frozen.params.keys() == layer.params.keys()
+    state = {k: v.copy() for k, v in frozen.state.items()}
+    y, cache = frozen.forward(given(name, 0), True, rng())
+    dx = frozen.backward(y, cache)
+    assert not any(g.any() for g in frozen.grads.values())
+    for k, v in frozen.state.items():
+        assert_array_equal(v, state[k])
+    if "BatchNorm" not in name and not state:                           # a frozen batch norm is another function
+        y, cache = layer.forward(given(name, 0), True, rng())
+        assert_array_equal(flat(layer.backward(y, cache)), flat(dx))
+    again = frozen.freeze(False)
+    assert not again.params or not again.frozen
+    assert again.trained.keys() == again.params.keys()
 
 
 def test_batch_norm_learns_the_statistics_that_it_uses_at_test_time():
@@ -98,8 +118,48 @@ def test_batch_norm_learns_the_statistics_that_it_uses_at_test_time():
     assert_allclose(layer.state["mean"], mean, rtol=1e-12)
 
 
+def test_classical_dropout_scales_at_test_time_and_by_map_drops_whole_channels():
+    layer, x = Dropout(0.25, by_map=True, inverted=False), distinct((2, 5, 4, 16), 0)
+    y, cache = layer.forward(x)
+    assert_array_equal(y, x * 0.75)
+    assert_array_equal(layer.backward(x, cache), x * 0.75)
+    y, _ = layer.forward(x, True, rng())
+    assert_array_equal(y, dropout.forward(x, 0.25, rng(), by_map=True, inverted=False)[0])
+    dropped = (y == 0).all((0, 1, 2))
+    assert 0 < dropped.sum() < 16 and (y[..., ~dropped] == x[..., ~dropped]).all()
+
+
+def test_the_options_reach_the_ops():
+    x = distinct((2, 6, 7, 3), 0)
+    assert_array_equal(MaxPool(3, 2, (1, 0, 2, 1), ceil=True)(x), layers.max_pool.forward(x, 3, 2, (1, 0, 2, 1), True)[0])
+    assert_array_equal(LRN(3, 0.5, 0.6, 2.0, False)(x), layers.lrn.forward(x, 3, 0.5, 0.6, 2.0, False)[0])
+    layer = conv(3, 2, 2, stride=2, pad=(1, 0, 2, 1))
+    assert_array_equal(layer(x), layers.conv.forward(x, layer.params["w"], layer.params["b"], 2, (1, 0, 2, 1))[0])
+    assert layers.Upsample(3)(x).shape == (2, 18, 21, 3)
+    assert layers.Flatten()(x)[1, 7 * 3 + 4] == x[1, 1, 1, 1]
+
+
+def test_linear_starts_by_hes_rule_in_its_dtype():
+    layer = Linear(500, 40, rng=rng())
+    assert layer.params["w"].shape == (500, 40) and layer.params["w"].dtype == layer.params["b"].dtype == np.float32
+    assert_allclose(layer.params["w"].std(), np.sqrt(2 / 500), rtol=0.02)
+    assert_allclose(Linear(500, 40, rng=rng(), std=0.01).params["w"].std(), 0.01, rtol=0.02)
+    assert not layer.params["b"].any()
+
+
+def test_weights_from_channels_first():
+    """The figures of a published net: conv (Cout, Cin, kh, kw), linear (Cout, Cin), the rest as it is."""
+    conv_w, linear_w, b = rng().standard_normal((4, 3, 2, 5)), rng().standard_normal((4, 3)), rng().standard_normal(4)
+    found = from_channels_first({"c.weight": conv_w, "l.weight": linear_w, "b": b})
+    assert found["c.weight"][1, 4, 2, 3] == conv_w[3, 2, 1, 4] and found["c.weight"].shape == (2, 5, 3, 4)
+    assert found["l.weight"][2, 3] == linear_w[3, 2] and found["l.weight"].shape == (3, 4)
+    assert_array_equal(found["b"], b)
+    assert all(a.flags.c_contiguous and a.flags.owndata for a in found.values()) and found["b"] is not b
+
+
 def test_dropout_is_the_identity_at_test_time_and_needs_a_generator_in_training():
-    layer, x = Dropout(0.5), distinct((2, 5, 4, 2), 0)
+    layer, x = Dropout(), distinct((2, 5, 4, 2), 0)
+    assert layer.p == 0.5
     y, cache = layer.forward(x)
     assert y is x and layer.backward(x, cache) is x
     y, cache = layer.forward(x, True, rng())
@@ -136,9 +196,10 @@ def test_sequential_names_arrays_by_index_and_runs_in_order():
 def test_an_empty_batch_passes_every_layer(backend):
     with use(backend) as put:
         for name in NAMES:
-            layer = make(name)
-            y, cache = layer.forward(put(np.zeros((0, 5, 4, 2))))
-            assert len(y) == 0 and to_numpy(layer.backward(y, cache)).shape == (0, 5, 4, 2)
+            layer, x = make(name), put(np.zeros((0, 5, 4, 2)))
+            y, cache = layer.forward([x] if name == "Shared" else x)
+            dx = layer.backward(y, cache)
+            assert flat(y).size == 0 and to_numpy(dx[0] if name == "Shared" else dx).shape == (0, 5, 4, 2)
 
 
 def test_load_copies_every_array_and_names_what_does_not_fit():

@@ -7,25 +7,61 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
 from conftest import seeds
-from tinydet.layers import Layer
-from tinydet.optim import SGD, cosine_schedule, step_schedule
+from tinydet.layers import Layer, Sequential
+from tinydet.optim import SGD, AdaGrad, clip_norm, clip_value, cosine_schedule, step_schedule
+
+RATES = (None, {"b": 2}, {"b": 0, "w": 0.5}, lambda name: 2 if name.endswith("b") else 1)
+optimisers = pytest.mark.parametrize("make", [lambda layer, **options: SGD(layer, **options),
+                                              lambda layer, **options: SGD(layer, form="caffe", **options), AdaGrad],
+                                     ids=["plain", "caffe", "adagrad"])
 
 
-@given(seed=seeds, momentum=st.sampled_from([0, 0.6, 0.9]), decay=st.sampled_from([0, 1e-5, 0.1]), decay_all=st.booleans())
-def test_sgd_is_the_definition(seed, momentum, decay, decay_all):
-    """v = momentum * v + (g + decay * w); w = w - lr * v; decay on weights, on biases only with decay_all."""
+def small(rng, dtype=np.float64):
+    """A layer with gradients."""
+    layer = Layer(w=rng.standard_normal((2, 3)).astype(dtype), b=rng.standard_normal(3).astype(dtype))
+    draw(layer, rng)
+    return layer
+
+
+def draw(layer, rng):
+    for g in layer.grads.values():
+        g += rng.standard_normal(g.shape).astype(g.dtype)
+
+
+def copies(arrays):
+    return {k: a.copy() for k, a in arrays.items()}
+
+
+def assert_same(arrays, others):
+    assert arrays.keys() == others.keys()
+    for k in arrays:
+        assert_array_equal(arrays[k], others[k], strict=True)
+
+
+@given(seed=seeds, momentum=st.sampled_from([0, 0.6, 0.9]), decay=st.sampled_from([0, 1e-5, 0.1]), decay_all=st.booleans(),
+       form=st.sampled_from(["plain", "caffe"]), rates=st.sampled_from(RATES))
+def test_sgd_is_the_definition(seed, momentum, decay, decay_all, form, rates):
+    """plain: v = momentum * v + (g + decay * w), w = w - lr * v; caffe: v = momentum * v + lr * (g + decay * w), w = w - v.
+
+    Decay on weights, on biases only with decay_all.
+    """
     rng = np.random.default_rng(seed)
     layer = Layer(w=rng.standard_normal((2, 3)), b=rng.standard_normal(3))
     expected = {k: [float(a) for a in w.ravel()] for k, w in layer.params.items()}
     velocity = {k: [0.0] * len(w) for k, w in expected.items()}
-    sgd = SGD(layer, momentum, decay, decay_all)
+    sgd = SGD(layer, momentum, decay, decay_all, form=form, rates=rates)
     for lr in (0.1, 0.1, 0.01):
         for k, g in layer.grads.items():
             g += rng.standard_normal(g.shape)
+            own = lr * (1 if rates is None else rates(k) if callable(rates) else rates.get(k, 1))
             for i, gi in enumerate(g.ravel()):
                 decayed = gi + decay * expected[k][i] if k == "w" or decay_all else gi
-                velocity[k][i] = momentum * velocity[k][i] + decayed
-                expected[k][i] -= lr * velocity[k][i]
+                if form == "plain":
+                    velocity[k][i] = momentum * velocity[k][i] + decayed
+                    expected[k][i] -= own * velocity[k][i]
+                else:
+                    velocity[k][i] = momentum * velocity[k][i] + own * decayed
+                    expected[k][i] -= velocity[k][i]
         sgd.step(lr)
         for k in expected:
             assert_allclose(layer.params[k].ravel(), expected[k], rtol=1e-12, atol=1e-12)
@@ -33,26 +69,307 @@ def test_sgd_is_the_definition(seed, momentum, decay, decay_all):
             assert not layer.grads[k].any()                         # cleared
 
 
-def test_step_updates_in_place_and_keeps_float32():
-    layer = Layer(w=np.ones((2, 2), np.float32))
-    w = layer.params["w"]
-    layer.grads["w"] += 1
-    SGD(layer, 0.9, 0.1).step(0.5)
-    assert layer.params["w"] is w and w.dtype == np.float32
-    assert_allclose(w, 1 - 0.5 * 1.1, rtol=1e-6)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_plain_sgd_keeps_the_order_of_its_operations(dtype):
+    """Runs that were recorded or interrupted go on to the same bits."""
+    rng = np.random.default_rng(0)
+    layer = small(rng, dtype)
+    w, v = layer.params["w"].copy(), np.zeros((2, 3), dtype)
+    sgd = SGD(layer, 0.9, 1e-3)
+    for lr in (0.1, 0.03, 0.01):
+        draw(layer, rng)
+        v *= 0.9
+        v += layer.grads["w"]
+        v += 1e-3 * w
+        w -= lr * v
+        sgd.step(lr)
+    assert_array_equal(layer.params["w"], w, strict=True)
+    assert_array_equal(sgd.state["w"], v, strict=True)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_bad_gradient_is_named_and_nothing_is_updated(bad):
+def test_the_forms_of_sgd_agree_until_the_learning_rate_changes():
+    layers = [small(np.random.default_rng(0)) for _ in range(2)]
+    pair = [SGD(layer, 0.9, 0.1, form=form) for layer, form in zip(layers, ("plain", "caffe"))]
+    for lr, same in ((0.1, True), (0.1, True), (0.01, False)):
+        for layer, sgd in zip(layers, pair):
+            layer.grads["w"] += 1
+            sgd.step(lr)
+        assert np.allclose(layers[0].params["w"], layers[1].params["w"], rtol=1e-12) == same
+
+
+@given(seed=seeds, decay=st.sampled_from([0, 5e-4, 0.1]), decay_all=st.booleans(), initial=st.sampled_from([1e-10, 0.1]),
+       rates=st.sampled_from(RATES))
+def test_adagrad_is_the_definition(seed, decay, decay_all, initial, rates):
+    """d = g + decay * w; m = m + d^2; w = w - lr * d / sqrt(m)."""
+    rng = np.random.default_rng(seed)
+    layer = Layer(w=rng.standard_normal((2, 3)), b=rng.standard_normal(3))
+    expected = {k: [float(a) for a in w.ravel()] for k, w in layer.params.items()}
+    m = {k: [initial] * len(w) for k, w in expected.items()}
+    adagrad = AdaGrad(layer, decay, decay_all, initial=initial, rates=rates)
+    for lr in (0.1, 0.1, 0.01):
+        draw(layer, rng)
+        for k, g in layer.grads.items():
+            own = lr * (1 if rates is None else rates(k) if callable(rates) else rates.get(k, 1))
+            for i, gi in enumerate(g.ravel()):
+                d = gi + decay * expected[k][i] if k == "w" or decay_all else gi
+                m[k][i] += d * d
+                expected[k][i] -= own * d / math.sqrt(m[k][i])
+        adagrad.step(lr)
+        for k in expected:
+            assert_allclose(layer.params[k].ravel(), expected[k], rtol=1e-12, atol=1e-12)
+            assert_allclose(adagrad.state[k].ravel(), m[k], rtol=1e-12)
+            assert not layer.grads[k].any()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_fixture_19_of_adagrad(dtype):
+    layer = Layer(w=np.zeros((1, 1), dtype))
+    adagrad, path = AdaGrad(layer), [0.0]
+    assert adagrad.state["w"] == dtype(1e-10)
+    for g in (1, 0.5, -2):
+        layer.grads["w"] += g
+        adagrad.step(1e-3)
+        path.append(-float(layer.params["w"][0, 0]))
+    assert_allclose(np.diff(path), [0.0010000, 0.00044721, -0.00087287], atol=6e-9)
+    assert path[-1] == pytest.approx(0.00057434, abs=6e-9)
+
+
+def test_decay_acts_on_weights_only_by_default_in_sgd_and_on_all_in_adagrad():
+    for make, biases in ((SGD, False), (AdaGrad, True)):
+        layer = Layer(w=np.ones((2, 2)), b=np.ones(2))
+        make(layer, weight_decay=0.1).step(0.1)
+        assert (layer.params["w"] < 1).all() and (layer.params["b"] < 1).all() == biases
+
+
+@optimisers
+def test_a_rate_of_0_keeps_the_parameter_and_its_state_goes_on(make):
+    layer = small(np.random.default_rng(0))
+    before = copies(layer.params)
+    optimiser = make(layer, weight_decay=0.1, rates={"b": 0})
+    start = copies(optimiser.state)
+    optimiser.step(0.1)
+    assert_array_equal(layer.params["b"], before["b"])
+    assert (layer.params["w"] != before["w"]).all()
+    inside = getattr(optimiser, "form", "") == "caffe"                      # there the rate is part of the velocity
+    assert (optimiser.state["b"] != start["b"]).all() == (not inside)
+
+
+@optimisers
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_step_updates_in_place_and_keeps_the_dtype(make, dtype):
+    layer = small(np.random.default_rng(0), dtype)
+    before, arrays = copies(layer.params), dict(layer.params)
+    optimiser = make(layer, weight_decay=0.1, clip=0.5, rates={"b": 2})
+    state = dict(optimiser.state)
+    for lr in (0.1, np.float64(0.1)):
+        draw(layer, np.random.default_rng(1))
+        optimiser.step(lr)
+    for k, w in layer.params.items():
+        assert w is arrays[k] and optimiser.state[k] is state[k]
+        assert w.dtype == state[k].dtype == layer.grads[k].dtype == dtype and state[k].shape == w.shape
+        assert (w != before[k]).all()
+
+
+def frozen_net(rng):
+    """Two layers, the first frozen, all with gradients."""
+    net = Sequential(small(rng), small(rng))
+    net.parts["0"].freeze()
+    return net
+
+
+@optimisers
+def test_frozen_parameters_keep_their_bits_and_have_no_state(make):
+    rng = np.random.default_rng(0)
+    net = frozen_net(rng)
+    before, optimiser = copies(net.params), make(net, weight_decay=0.1, decay_all=True)
+    assert list(optimiser.state) == ["1.w", "1.b"]
+    net.grads["0.w"][0, 0] = np.nan                                         # left from before it was frozen: it counts for nothing
+    for _ in range(3):
+        optimiser.step(0.1)
+        for k, w in net.params.items():
+            assert (w == before[k]).all() if k.startswith("0") else (w != before[k]).all()
+            assert not net.grads[k].any()                                   # cleared, those of the frozen layer too
+        draw(net, rng)
+
+
+@optimisers
+def test_what_is_frozen_later_waits_and_what_is_thawed_needs_a_new_optimiser(make):
+    rng = np.random.default_rng(0)
+    net = frozen_net(rng)
+    optimiser = make(net)
+    optimiser.step(0.1)
+    net.freeze()
+    draw(net, rng)
+    before, state = copies(net.params), copies(optimiser.state)
+    optimiser.step(0.1)                                                     # nothing trains
+    assert_same(net.params, before)
+    assert_same(optimiser.state, state)
+    net.parts["1"].freeze(False)
+    draw(net, rng)
+    optimiser.step(0.1)                                                     # goes on with its state
+    assert (net.params["1.w"] != before["1.w"]).all() and (net.params["0.w"] == before["0.w"]).all()
+    net.freeze(False)
+    draw(net, rng)
+    before, state = copies(net.params), copies(optimiser.state)
+    with pytest.raises(ValueError, match=r"\.step: what trains must have trained when the optimiser was made, got 0\.w, "
+                                         "which was frozen then: make a new optimiser"):
+        optimiser.step(0.1)
+    assert_same(net.params, before)
+    assert_same(optimiser.state, state)
+    make(net).step(0.1)
+    assert (net.params["0.w"] != before["0.w"]).all()
+
+
+@optimisers
+@pytest.mark.parametrize("clip", [None, 1])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_bad_gradient_is_named_and_nothing_is_updated(make, clip, bad):
     layer = Layer(a=np.ones(3), b=np.ones((2, 2)))
-    sgd = SGD(layer, 0.9, 0.1)
+    optimiser = make(layer, weight_decay=0.1, clip=clip)
+    state = copies(optimiser.state)
     layer.grads["a"] += 1
     layer.grads["b"][1, 0] = bad
-    with pytest.raises(FloatingPointError, match=r"^SGD\.step: the gradient of b is not finite"):
-        sgd.step(0.1)
+    op = r"optim\.clip_norm" if clip else rf"{type(optimiser).__name__}\.step"
+    with pytest.raises(FloatingPointError, match=rf"^{op}: the gradient of b is not finite: lower the learning rate"):
+        optimiser.step(0.1)
     assert_array_equal(layer.params["a"], 1)
     assert_array_equal(layer.params["b"], 1)
-    assert not any(v.any() for v in sgd.state.values())
+    assert_same(optimiser.state, state)
+
+
+@pytest.mark.parametrize("dtype, huge", [(np.float32, 1e20), (np.float64, 1e200)])
+def test_adagrad_refuses_a_square_that_overflows_unless_clipped(dtype, huge):
+    layer = Layer(a=np.ones(3, dtype), b=np.ones((2, 2), dtype))
+    layer.grads["a"] += 1
+    layer.grads["b"][1, 0] = huge
+    adagrad = AdaGrad(layer)
+    with pytest.raises(FloatingPointError, match=r"^AdaGrad\.step: the gradient of b is too large to square: lower"):
+        adagrad.step(0.1)
+    assert_array_equal(layer.params["a"], 1)
+    assert (adagrad.state["a"] == dtype(1e-10)).all()
+    AdaGrad(layer, clip=1).step(0.1)
+    assert_allclose(layer.params["b"], [[1, 1], [0.9, 1]], rtol=1e-6)
+
+
+@optimisers
+def test_clip_scales_the_trained_gradients_together_before_decay(make):
+    net, twin = (frozen_net(np.random.default_rng(0)) for _ in range(2))
+    net.grads["0.w"][...] = 1e6                                             # frozen: not part of the norm
+    grads = {k: g for k, g in twin.grads.items() if k.startswith("1")}
+    assert clip_norm(grads, 0.25) > 0.25
+    make(net, weight_decay=0.5, clip=0.25).step(0.1)
+    make(twin, weight_decay=0.5).step(0.1)
+    assert_same(net.params, twin.params)
+
+
+def norm_of(grads):
+    return math.sqrt(math.fsum(float(v) ** 2 for g in grads.values() for v in g.ravel()))
+
+
+@given(seed=seeds, factor=st.sampled_from([0.1, 0.999, 1.001, 10]), dtype=st.sampled_from([np.float32, np.float64]))
+def test_clip_norm_is_the_definition(seed, factor, dtype):
+    rng = np.random.default_rng(seed)
+    big = rng.standard_normal((4, 6)).astype(dtype)
+    grads = {"w": rng.standard_normal((2, 3)).astype(dtype), "strided": big[::2, ::3], "none": np.zeros((0, 3), dtype)}
+    before, arrays, norm = copies(grads), dict(grads), norm_of(grads)
+    found = clip_norm(grads, norm * factor)
+    assert type(found) is float and found == pytest.approx(norm, rel=1e-12)
+    for k, g in grads.items():
+        assert g is arrays[k] and g.dtype == dtype
+        if factor > 1:
+            assert_array_equal(g, before[k])                                # within the limit: the same bits
+        else:
+            assert_allclose(g, before[k] * dtype(factor), rtol=1e-6 if dtype == np.float32 else 1e-12)
+
+
+@pytest.mark.parametrize("dtype, size", [(np.float32, 1e30), (np.float32, 3e38), (np.float32, 1e-30), (np.float32, 1e-44),
+                                         (np.float64, 1e200), (np.float64, 1e308), (np.float64, 1e-200), (np.float64, 5e-324)])
+@pytest.mark.parametrize("limit", [1, 1e-30])
+def test_clip_norm_neither_overflows_nor_vanishes(dtype, size, limit):
+    grads = {"a": np.full(3, size, dtype), "b": np.full((2, 3), -size, dtype)}
+    size = float(grads["a"][0])                                             # as the dtype holds it
+    norm = clip_norm(grads, limit)
+    assert norm == pytest.approx(3 * size, rel=1e-12) or size == 1e308 and norm == np.inf
+    assert_allclose(grads["a"], min(size, limit / 3), rtol=1e-6)
+    assert_allclose(grads["b"], -min(size, limit / 3), rtol=1e-6)
+
+
+def test_clip_norm_of_both_dtypes_at_the_limit_and_of_nothing():
+    grads = {"a": np.full(1, 3, np.float32), "b": np.full(1, 4e200)}
+    assert clip_norm(grads, 2) == 4e200 and grads["b"][0] == 2 and 0 <= grads["a"][0] < 1e-30
+    grads = {"a": np.array([3.0]), "b": np.array([[-4.0]])}
+    assert clip_norm(grads, 5) == 5 and grads["a"][0] == 3 and grads["b"][0, 0] == -4
+    assert clip_norm(grads, np.inf) == 5 and grads["a"][0] == 3
+    assert clip_norm({}, 1) == clip_norm({"a": np.zeros(3)}, 1) == clip_norm({"a": np.zeros(0)}, 1) == 0
+
+
+@given(seed=seeds, limit=st.sampled_from([0.1, 1, 1e300, np.inf]), dtype=st.sampled_from([np.float32, np.float64]))
+def test_clip_value_is_the_definition(seed, limit, dtype):
+    rng = np.random.default_rng(seed)
+    grads = {"w": rng.standard_normal((2, 3)).astype(dtype), "strided": rng.standard_normal((4, 6)).astype(dtype)[::2, ::3]}
+    arrays, expected = dict(grads), {k: [max(-limit, min(limit, float(v))) for v in g.ravel()] for k, g in grads.items()}
+    clip_value(grads, limit)
+    for k, g in grads.items():
+        assert g is arrays[k]
+        assert_array_equal(g.ravel(), np.array(expected[k], dtype), strict=True)
+
+
+@pytest.mark.parametrize("clip", [clip_norm, clip_value])
+def test_clipping_refuses_what_is_not_finite_and_a_limit_that_is_not_positive(clip):
+    for bad in (np.nan, np.inf, -np.inf):
+        grads = {"a": np.full(2, 9.0), "b": np.array([1, bad])}
+        with pytest.raises(FloatingPointError, match=rf"^optim\.{clip.__name__}: the gradient of b is not finite: lower"):
+            clip(grads, 1)
+        assert_array_equal(grads["a"], 9)
+    for limit in (0, -1, np.nan):
+        with pytest.raises(ValueError, match=rf"^optim\.{clip.__name__}: limit must be > 0, got {limit}"):
+            clip({}, limit)
+
+
+@optimisers
+@pytest.mark.parametrize("lr", [-0.1, np.nan, np.inf])
+def test_a_bad_learning_rate_is_refused(make, lr):
+    layer = small(np.random.default_rng(0))
+    before = copies(layer.params)
+    with pytest.raises(ValueError, match=rf"^(SGD|AdaGrad)\.step: lr must be finite and >= 0, got {lr}"):
+        make(layer).step(lr)
+    assert_same(layer.params, before)
+    make(layer).step(0)
+    assert_same(layer.params, before)
+    assert not layer.grads["w"].any()
+
+
+@pytest.mark.parametrize("make, options, message", [
+    *((make, options, message) for make in (SGD, AdaGrad) for options, message in (
+        (dict(weight_decay=-1), "weight_decay must be finite and >= 0, got -1"),
+        (dict(weight_decay=np.inf), "weight_decay must be finite and >= 0, got inf"),
+        (dict(weight_decay=np.nan), "weight_decay must be finite and >= 0, got nan"),
+        (dict(clip=0), "clip must be None or > 0, got 0"),
+        (dict(clip=np.nan), "clip must be None or > 0, got nan"),
+        (dict(rates={"w": 1, "v": 2, "c": 1}), r"rates must name parameters of the layer, got \['c', 'v'\]"),
+        (dict(rates={"w": -1}), "the rate of w must be finite and >= 0, got -1"),
+        (dict(rates=lambda name: np.inf), "the rate of w must be finite and >= 0, got inf"))),
+    (SGD, dict(momentum=-0.1), r"momentum must lie in \[0, 1\), got -0.1"),
+    (SGD, dict(momentum=1), r"momentum must lie in \[0, 1\), got 1"),
+    (SGD, dict(momentum=np.nan), r"momentum must lie in \[0, 1\), got nan"),
+    (SGD, dict(form="torch"), "form must be one of plain, caffe, got 'torch'"),
+    (AdaGrad, dict(initial=0), r"initial must lie in \[1e-30, 1e30\], got 0"),
+    (AdaGrad, dict(initial=np.inf), r"initial must lie in \[1e-30, 1e30\], got inf"),
+    (AdaGrad, dict(initial=np.nan), r"initial must lie in \[1e-30, 1e30\], got nan"),
+])
+def test_bad_settings_are_refused(make, options, message):
+    with pytest.raises(ValueError, match=rf"^optim\.{make.__name__}: {message}"):
+        make(Layer(w=np.ones((2, 2)), b=np.ones(2)), **options)
+
+
+def test_settings_at_their_limits():
+    for initial in (1e-30, 1e30):
+        layer = Layer(w=np.ones((2, 2), np.float32))
+        AdaGrad(layer, initial=initial).step(0.1)
+        assert (layer.params["w"] == 1).all()                               # no gradient, no step: 0 / sqrt(initial)
+    SGD(Layer(w=np.ones(2)), momentum=0, rates={}, clip=np.inf).step(0)
+    net = frozen_net(np.random.default_rng(0))
+    assert SGD(net, rates={"0.b": 2, "1.b": 3}).rates == {"1.w": 1, "1.b": 3}           # a frozen one may be named
 
 
 @pytest.mark.parametrize("epoch, lr", [(0, 5e-2), (29, 5e-2), (30, 0.025), (49, 0.025), (50, 0.0125), (59, 0.0125), (60, 0.00625),

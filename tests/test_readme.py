@@ -10,8 +10,12 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_ten_lines_print_what_readme_says():
-    code, output = re.search(r"```python\n(.*?)```\n\nprints\n\n```\n(.*?)```", README, re.S).groups()
+PROGRAMS = re.findall(r"```python\n(.*?)```\n\nprints\n\n```\n(.*?)```", README, re.S)
+
+
+@pytest.mark.parametrize("code, output", PROGRAMS, ids=["ten lines", "own gradient"])
+def test_programs_print_what_readme_says(code, output):
+    assert README.count("```python") == len(PROGRAMS)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
     assert done.stdout == output, done.stderr[-2000:]
 

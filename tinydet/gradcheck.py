@@ -9,9 +9,10 @@ def check_grad(forward, backward, inputs, put=np.asarray, dy=None, eps=1e-5, bou
 
     numerical[i] = sum dy * (y(x + eps at i) - y(x - eps at i)) / (2 * eps)
     forward(*inputs) returns y and cache, then anything (batch statistics, say), which is ignored; backward(dy, cache)
-    returns one gradient, or a tuple with one for each input in order. inputs: list of finite float64 arrays, kept away
-    from kinks by more than eps; `put` moves them to the backend. dy: the shape of y, None draws signed numbers from seed
-    (all-ones would hide errors that cancel). Returns the worst relative error, max|a - n| / max(1, max|n|) of an input.
+    returns one gradient, or a tuple or list with one for each input in order. y: an array, or a list of arrays of a net with
+    several outputs; backward then gets dy as such a list. inputs: list of finite float64 arrays, kept away from kinks by more
+    than eps; `put` moves them to the backend. dy: the shape of y, None draws signed numbers from seed (all-ones would hide
+    errors that cancel). Returns the worst relative error, max|a - n| / max(1, max|n|) of an input.
     Raises AssertionError naming the input, the index and both values where the error exceeds bound, also for a gradient
     of the wrong number, shape or dtype or that is not finite, and where forward or backward changed its arguments.
     TypeError or ValueError where the inputs or dy themselves are unfit.
@@ -24,15 +25,25 @@ def check_grad(forward, backward, inputs, put=np.asarray, dy=None, eps=1e-5, bou
     given = [put(x.copy()) for x in xs]
     y, cache = forward(*given)[:2]
     _unchanged("forward", given, xs)
-    _expect(f"{op}: y", y, None)
-    dy = np.random.default_rng(seed).standard_normal(y.shape) if dy is None else dy
-    _require_float64(f"{op}: dy", dy)
-    dy = np.array(to_numpy(dy))
-    if dy.shape != y.shape:
-        raise ValueError(f"{op}: dy must have the shape of y {y.shape}, got {dy.shape}")
-    given_dy = put(dy.copy())
-    grads = backward(given_dy, cache)
-    _unchanged("backward", [*given, given_dy], [*xs, dy])
+    several = isinstance(y, (list, tuple))
+    ys = list(y) if several else [y]
+    for k, a in enumerate(ys):
+        _expect(f"{op}: y{f'[{k}]' if several else ''}", a, None)
+    if dy is None:
+        rng = np.random.default_rng(seed)
+        dys = [rng.standard_normal(a.shape) for a in ys]
+    else:
+        dys = list(dy) if several else [dy]
+        if len(dys) != len(ys):
+            raise ValueError(f"{op}: dy must hold an array for each of {len(ys)} outputs, got {len(dys)}")
+    for d, a in zip(dys, ys):
+        _require_float64(f"{op}: dy", d)
+        if d.shape != a.shape:
+            raise ValueError(f"{op}: dy must have the shape of y {a.shape}, got {d.shape}")
+    dys = [np.array(to_numpy(d)) for d in dys]
+    given_dys = [put(d.copy()) for d in dys]
+    grads = backward(given_dys if several else given_dys[0], cache)
+    _unchanged("backward", [*given, *given_dys], [*xs, *dys], len(xs))
     grads = list(grads) if isinstance(grads, (tuple, list)) else [grads]
     if len(grads) != len(xs):
         raise AssertionError(f"{op}: backward must return one gradient for each of {len(xs)} inputs, got {len(grads)}")
@@ -42,8 +53,8 @@ def check_grad(forward, backward, inputs, put=np.asarray, dy=None, eps=1e-5, bou
         _expect(f"{op}: gradient of input {k}", a, x.shape)
         a, n = to_numpy(a), np.empty(x.shape)
         for i in np.ndindex(x.shape):
-            high, low = (to_numpy(_nudged(forward, xs, k, i, step, put)) for step in (eps, -eps))
-            n[i] = ((high - low) * dy).sum() / (2 * eps)
+            high, low = (_nudged(forward, xs, k, i, step, put, several) for step in (eps, -eps))
+            n[i] = sum(((h - l) * d).sum() for h, l, d in zip(high, low, dys)) / (2 * eps)
         if not x.size:
             continue
         i = tuple(int(j) for j in np.unravel_index(np.abs(a - n).argmax(), x.shape))
@@ -67,11 +78,12 @@ def check_loss(loss, inputs, put=np.asarray, eps=1e-5, bound=1e-6):
     return check_grad(forward, lambda dy, grads: grads, inputs, put, np.ones(()), eps, bound)
 
 
-def _nudged(forward, xs, k, i, step, put):
-    """y with element i of input k moved by step."""
+def _nudged(forward, xs, k, i, step, put, several):
+    """The outputs with element i of input k moved by step, as a list."""
     moved = [x.copy() for x in xs]
     moved[k][i] += step
-    return forward(*(put(x) for x in moved))[0]
+    y = forward(*(put(x) for x in moved))[0]
+    return [to_numpy(a) for a in (y if several else [y])]
 
 
 def _require_float64(name, x):
@@ -92,8 +104,117 @@ def _expect(name, a, shape):
         raise AssertionError(f"{name} must be finite, got {to_numpy(a)[at]} at {at}")
 
 
-def _unchanged(function, given, kept):
+def _unchanged(function, given, kept, inputs=None):
+    """Blame the op under test if it changed what it was given: `inputs` arrays, then the dy."""
     for k, (a, b) in enumerate(zip(given, kept)):
         if not np.array_equal(to_numpy(a), b):
-            which = f"input {k}" if function == "forward" or k < len(given) - 1 else "dy"
+            which = f"input {k}" if inputs is None or k < inputs else "dy"
             raise AssertionError(f"gradcheck.check_grad: {function} must not change its arguments, got a changed {which}")
+
+
+# python -m tinydet.gradcheck: the proof of the whole engine
+
+BOUND = 1e-6            # of float64 gradients, losses and updates
+DRAWS = 4               # seeds 0, 1, ... a case is drawn from
+
+
+def check_case(case, put, float32=False):
+    """Prove one case of tinydet.cases on the backend in use. Returns the worst error over its draws, and the bound it must keep."""
+    bound, worst = case.float32 if float32 else BOUND, 0.0
+    for seed in range(DRAWS):
+        drawn = case.draw(np.random.default_rng(seed))
+        if float32:
+            error = _float32_error(case.kind, drawn, put)
+        elif case.kind == "definition":
+            error = max(_distance(got, expected) for got, expected in drawn)
+        else:
+            error = (check_grad if case.kind == "gradient" else check_loss)(*drawn, put=put, bound=bound)
+        if not error <= bound:
+            raise AssertionError(f"error {error:.3g} must be at most {bound:.3g} (draw {seed})")
+        worst = max(worst, error)
+    return worst, bound
+
+
+def _float32_error(kind, drawn, put):
+    """Worst distance of results and gradients in float32 from those in float64, for the same float32 inputs."""
+    *functions, inputs = drawn
+    inputs = [x.astype(np.float32) for x in inputs]
+    results = {}
+    for dtype in (np.float32, np.float64):
+        xs = [put(x.astype(dtype)) for x in inputs]
+        if kind == "loss":
+            value, *grads = functions[0](*xs)
+            results[dtype] = [np.asarray(value, dtype), *grads]
+        else:
+            y, cache = functions[0](*xs)[:2]
+            dy = np.random.default_rng(0).standard_normal(y.shape).astype(np.float32).astype(dtype)
+            grads = functions[1](put(dy), cache)
+            results[dtype] = [y, *(grads if isinstance(grads, (tuple, list)) else [grads])]
+        if wrong := [a.dtype for a in results[dtype] if a.dtype != dtype]:
+            raise AssertionError(f"results for {np.dtype(dtype)} inputs must be {np.dtype(dtype)}, got {wrong[0]}")
+    return max(_distance(a, b) for a, b in zip(results[np.float32], results[np.float64]))
+
+
+def _distance(got, expected):
+    """max|got - expected| / max(1, max|expected|); infinite where shapes differ or a number is none."""
+    got, expected = to_numpy(got), to_numpy(expected)
+    if got.shape != expected.shape or not np.isfinite(got).all():
+        return np.inf
+    return float(np.abs(got - expected).max(initial=0) / max(1, np.abs(expected).max(initial=0)))
+
+
+def main(arguments=None):
+    """Prove every case on every backend asked for, print the table, return the exit status."""
+    import argparse
+    import json
+    import sys
+
+    from tinydet import files
+    from tinydet.backend import BACKENDS, use
+    from tinydet.cases import CASES
+
+    parser = argparse.ArgumentParser(prog="python -m tinydet.gradcheck", description=(
+        "Compare every hand-written gradient with central differences (float64), float32 results with float64 ones, and updates that are "
+        "no derivative with their definition. Exit status 1 if anything fails."))
+    parser.add_argument("--backend", choices=BACKENDS, help="this one only; default: every backend of this machine")
+    parser.add_argument("--op", metavar="NAME", choices=sorted({c.op for c in CASES}), help="this op, layer or optimiser only")
+    parser.add_argument("--json", metavar="OUT", help="write the rows to this file too")
+    args = parser.parse_args(arguments)
+
+    rows, line = [], "{:<15} {:<40} {:<11} {:<6} {:<8} {:>9} {:>8}  {}"
+    print(line.format("op", "case", "kind", "on", "dtype", "error", "bound", "verdict"))
+    for case in CASES:
+        if args.op in (None, case.op):
+            for row in _rows(case, [args.backend] if args.backend else BACKENDS, use):
+                rows.append(row)
+                error, bound = ("" if row[k] is None else f"{row[k]:.1e}" for k in ("error", "bound"))
+                print(line.format(row["op"], row["case"], row["kind"], row["backend"], row["dtype"], error, bound, row["verdict"]), flush=True)
+    failed = sum(row["verdict"].startswith("FAILED") for row in rows)
+    counts = {kind: sum(row["kind"] == kind for row in rows) for kind in ("gradient", "loss", "definition", "no gradient")}
+    print(f"{len(rows)} rows ({', '.join(f'{n} {kind}' for kind, n in counts.items())}): {failed or 'none'} failed")
+    if args.json:
+        files.write(args.json, json.dumps({"numpy": np.__version__, "failed": failed, "rows": rows}, indent=1) + "\n")
+        print(f"wrote {args.json}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _rows(case, backends, use):
+    """The rows of a case: one a backend and dtype."""
+    told = {"op": case.op, "case": case.what, "kind": case.kind}
+    if case.draw is None:
+        yield {**told, "backend": "", "dtype": "", "error": None, "bound": None, "verdict": case.why}
+        return
+    for backend in backends:
+        for dtype in ("float64", "float32")[:1 if case.float32 is None else 2]:
+            error = bound = None
+            try:
+                with use(backend) as put:
+                    error, bound = check_case(case, put, dtype == "float32")
+                verdict = "ok"
+            except Exception as problem:                                # the table goes on: every failure is shown
+                verdict = f"FAILED: {type(problem).__name__}: {problem}"
+            yield {**told, "backend": backend, "dtype": dtype, "error": error, "bound": bound, "verdict": verdict}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,7 +1,11 @@
-"""Layers: thin classes that hold parameters around the ops. The caller holds the cache."""
+"""Layers: thin classes that hold parameters around the ops, and how they compose. The caller holds the cache."""
+import copy
+
 import numpy as np
 
-from tinydet.ops import batch_norm, conv, dropout, max_pool, offset_pool, relu
+from tinydet.files import fitting
+from tinydet.ops import (add, batch_norm, concat, conv, dropout, global_max_pool, linear, lrn, max_pool, offset_pool, relu,
+                         upsample)
 
 
 class Layer:
@@ -10,7 +14,11 @@ class Layer:
     forward(x, train=False, rng=None) returns y and cache; train chooses batch statistics and dropout, whose mask comes from rng
     (a numpy Generator). backward(dy, cache) returns dx and ADDS the parameter gradients to `grads`: a head that is shared by
     several scales runs several times before the optimiser clears them. layer(x) is forward without the cache.
+    freeze() keeps the parameters as they are: backward adds no gradient for them, the optimisers leave them alone, and
+    `trained` (the parameters that train) is empty.
     """
+
+    frozen = False
 
     def __init__(self, **params):
         self.params = params
@@ -20,19 +28,38 @@ class Layer:
     def __call__(self, x):
         return self.forward(x)[0]
 
+    def __repr__(self):
+        return type(self).__name__
+
+    def multiply_adds(self, x, y):
+        """Multiply-adds of the products of a forward pass from an x to a y; elementwise work counts as 0."""
+        return 0
+
     def arrays(self):
         """Every array that makes up the layer, by name: parameters and state."""
         return {**self.params, **self.state}
 
+    def freeze(self, frozen=True):
+        """Freeze the parameters, or let them train again (frozen=False). Returns the layer."""
+        self.frozen = frozen
+        return self
+
+    @property
+    def trained(self):
+        """The parameters that train, by name: all, or none of a frozen layer."""
+        return {} if self.frozen else self.params
+
     def _add(self, **grads):
-        for k, g in grads.items():
-            self.grads[k] += g
+        if not self.frozen:
+            for k, g in grads.items():
+                self.grads[k] += g
 
 
 class Conv2D(Layer):
     """Convolution kxk (ops.conv), Cin -> Cout. Weights by He's rule N(0, 2/(k*k*Cin)), or N(0, std^2); bias 0.
 
-    input_grad=False: backward returns None, for a layer that sees the image. dtype float32 or float64.
+    pad: a number or (top, bottom, left, right). input_grad=False: backward returns None, for a layer that sees the image.
+    dtype float32 or float64.
     """
 
     def __init__(self, Cin, Cout, size, stride=1, pad=0, dilation=1, *, rng, std=None, input_grad=True, dtype=np.float32):
@@ -40,20 +67,60 @@ class Conv2D(Layer):
         super().__init__(w=(rng.standard_normal((size, size, Cin, Cout)) * std).astype(dtype), b=np.zeros(Cout, dtype))
         self.stride, self.pad, self.dilation, self.input_grad = stride, pad, dilation, input_grad
 
+    def __repr__(self):
+        kh, kw, Cin, Cout = self.params["w"].shape
+        more = [f"{k} {v}" for k, v, usual in (("pad", self.pad, 0), ("dilation", self.dilation, 1)) if v != usual]
+        return ", ".join([f"Conv2D {kh}x{kw}/{self.stride} {Cin} -> {Cout}", *more])
+
+    def multiply_adds(self, x, y):
+        return y.size * self.params["w"][..., 0].size
+
     def forward(self, x, train=False, rng=None):
         return conv.forward(x, self.params["w"], self.params["b"], self.stride, self.pad, self.dilation)
 
     def backward(self, dy, cache):
-        dx, dw, db = conv.backward(dy, cache, self.input_grad)
+        dx, dw, db = conv.backward(dy, cache, self.input_grad, not self.frozen)
         self._add(w=dw, b=db)
         return dx
+
+
+class Linear(Layer):
+    """Fully connected layer (ops.linear), Cin -> Cout. Weights by He's rule N(0, 2/Cin), or N(0, std^2); bias 0."""
+
+    def __init__(self, Cin, Cout, *, rng, std=None, dtype=np.float32):
+        std = np.sqrt(2 / Cin) if std is None else std
+        super().__init__(w=(rng.standard_normal((Cin, Cout)) * std).astype(dtype), b=np.zeros(Cout, dtype))
+
+    def __repr__(self):
+        return "Linear {} -> {}".format(*self.params["w"].shape)
+
+    def multiply_adds(self, x, y):
+        return y.size * len(self.params["w"])
+
+    def forward(self, x, train=False, rng=None):
+        return linear.forward(x, self.params["w"], self.params["b"])
+
+    def backward(self, dy, cache):
+        dx, dw, db = linear.backward(dy, cache, not self.frozen)
+        self._add(w=dw, b=db)
+        return dx
+
+
+class Flatten(Layer):
+    """(N, H, W, C) to (N, H*W*C), for a linear layer; the values of one pixel stay together."""
+
+    def forward(self, x, train=False, rng=None):
+        return x.reshape(len(x), int(np.prod(x.shape[1:]))), x.shape
+
+    def backward(self, dy, cache):
+        return dy.reshape(cache)
 
 
 class BatchNorm(Layer):
     """Batch normalisation (ops.batch_norm) with running averages: run = momentum * run + (1 - momentum) * batch.
 
     train=True uses the batch's mean and variance and updates the averages (variance unbiased, m/(m - 1)); train=False uses
-    the averages. frozen=True always uses them.
+    the averages. Frozen (here or by freeze()), it always uses the averages, and gamma and beta do not train either.
     """
 
     def __init__(self, C, momentum=0.9, eps=1e-5, frozen=False, dtype=np.float32):
@@ -88,15 +155,32 @@ class ReLU(Layer):
         return relu.backward(dy, cache)
 
 
-class MaxPool(Layer):
-    """Max pooling (ops.max_pool), floor at the border."""
+class LRN(Layer):
+    """Local response normalisation across channels (ops.lrn, which names the two conventions)."""
 
-    def __init__(self, size, stride=None):
+    def __init__(self, size=5, alpha=1e-4, beta=0.75, k=1.0, divide_by_n=True):
         super().__init__()
-        self.size, self.stride = size, stride
+        self.options = size, alpha, beta, k, divide_by_n
 
     def forward(self, x, train=False, rng=None):
-        return max_pool.forward(x, self.size, self.stride)
+        return lrn.forward(x, *self.options)
+
+    def backward(self, dy, cache):
+        return lrn.backward(dy, cache)
+
+
+class MaxPool(Layer):
+    """Max pooling (ops.max_pool): size, stride (default: size), pad, and floor or ceil at the border."""
+
+    def __init__(self, size, stride=None, pad=0, ceil=False):
+        super().__init__()
+        self.size, self.stride, self.pad, self.ceil = size, stride, pad, ceil
+
+    def __repr__(self):
+        return f"MaxPool {self.size}/{self.stride or self.size}" + ", ceil" * self.ceil
+
+    def forward(self, x, train=False, rng=None):
+        return max_pool.forward(x, self.size, self.stride, self.pad, self.ceil)
 
     def backward(self, dy, cache):
         return max_pool.backward(dy, cache)
@@ -116,29 +200,78 @@ class OffsetPool(Layer):
         return offset_pool.backward(dy, cache)
 
 
-class Dropout(Layer):
-    """Inverted dropout (ops.dropout) with train=True, the identity otherwise."""
+class GlobalMaxPool(Layer):
+    """The best position of each channel's map (ops.global_max_pool): (N, H, W, C) to (N, C)."""
 
-    def __init__(self, p=0.5):
+    def forward(self, x, train=False, rng=None):
+        return global_max_pool.forward(x)
+
+    def backward(self, dy, cache):
+        return global_max_pool.backward(dy, cache)
+
+
+class Upsample(Layer):
+    """Every pixel factor x factor times (ops.upsample)."""
+
+    def __init__(self, factor=2):
         super().__init__()
-        self.p = p
+        self.factor = factor
+
+    def forward(self, x, train=False, rng=None):
+        return upsample.forward(x, self.factor)
+
+    def backward(self, dy, cache):
+        return upsample.backward(dy, cache)
+
+
+class Dropout(Layer):
+    """Dropout (ops.dropout) with train=True. At test time inverted dropout is the identity, classical scales by 1 - p."""
+
+    def __init__(self, p=0.5, by_map=False, inverted=True):
+        super().__init__()
+        self.p, self.by_map, self.inverted = p, by_map, inverted
+
+    def __repr__(self):
+        return f"Dropout {self.p}" + " by map" * self.by_map + ", classical" * (not self.inverted)
 
     def forward(self, x, train=False, rng=None):
         if not train:
-            return x, None
+            return (x, None) if self.inverted else dropout.forward_test(x, self.p)
         if rng is None:
             raise ValueError("Dropout.forward: train=True needs rng, a numpy.random.Generator, got None")
-        return dropout.forward(x, self.p, rng)
+        return dropout.forward(x, self.p, rng, self.by_map, self.inverted)
 
     def backward(self, dy, cache):
         return dy if cache is None else dropout.backward(dy, cache)
 
 
+# Layers made of layers. Where x or y is named xs or ys it is a list: a net with several inputs or outputs
+
+
 class Composite(Layer):
-    """A layer made of named parts. `params`, `grads` and `state` are those of the parts, named "<part>.<name>"."""
+    """A layer made of named parts. `params`, `grads` and `state` are those of the parts, named "<part>.<name>".
+
+    Raises ValueError where one layer with parameters stands in two places: an optimiser would update it twice. Shared runs one
+    layer on several inputs.
+    """
 
     def __init__(self, **parts):
         self.parts = parts
+        seen = {}
+        for name, layer in self.leaves().items():
+            if layer.params and id(layer) in seen:
+                raise ValueError(f"{type(self).__name__}: a layer must stand in one place, got it as {seen[id(layer)]} and {name}: use Shared")
+            seen[id(layer)] = name
+
+    def leaves(self):
+        """The layers that are not composed themselves, by name: "<part>.<part>..."."""
+        found = {}
+        for name, part in self.parts.items():
+            if isinstance(part, Composite):
+                found |= {f"{name}.{k}": leaf for k, leaf in part.leaves().items()}
+            else:
+                found[name] = part
+        return found
 
     def _collect(self, attribute):
         return {f"{part}.{k}": v for part, layer in self.parts.items() for k, v in getattr(layer, attribute).items()}
@@ -146,13 +279,25 @@ class Composite(Layer):
     params = property(lambda self: self._collect("params"))
     grads = property(lambda self: self._collect("grads"))
     state = property(lambda self: self._collect("state"))
+    trained = property(lambda self: self._collect("trained"))
+    frozen = property(lambda self: all(layer.frozen for layer in self.parts.values()))
+
+    def freeze(self, frozen=True):
+        for layer in self.parts.values():
+            layer.freeze(frozen)
+        return self
 
 
 class Sequential(Composite):
-    """Layers one after the other; the parts are named "0", "1", ..."""
+    """Layers one after the other; the parts are named "0", "1", ...
 
-    def __init__(self, *layers):
+    input_grad=False: backward ends at the first layer that trains and returns None, for a net that sees the image or whose
+    first layers are frozen.
+    """
+
+    def __init__(self, *layers, input_grad=True):
         super().__init__(**{str(i): layer for i, layer in enumerate(layers)})
+        self.input_grad = input_grad
 
     def __call__(self, x):
         for layer in self.parts.values():               # no cache outlives its layer: large images need the memory
@@ -167,25 +312,167 @@ class Sequential(Composite):
         return x, caches
 
     def backward(self, dy, cache):
-        for layer, c in zip(reversed(self.parts.values()), reversed(cache)):
+        for layer, c in reversed(self._reached(cache)):
             dy = layer.backward(dy, c)
-        return dy
+        return dy if self.input_grad else None
+
+    def _reached(self, cache):
+        """The layers that backward must pass, each with its cache."""
+        pairs = list(zip(self.parts.values(), cache))
+        first = 0 if self.input_grad else next((i for i, (layer, _) in enumerate(pairs) if layer.trained), len(pairs))
+        return pairs[first:]
 
 
-def load(layer, arrays, source="weights"):
-    """Copy arrays, a mapping by name as layer.arrays() gives, into the layer.
+class Stages(Sequential):
+    """A Sequential that returns what every layer made, as a list: the maps of a backbone's stages, for a feature pyramid.
 
-    Raises ValueError naming what is missing, misshapen, too much or not finite; nothing is copied then. source: the file, for the message.
+    backward takes one gradient a stage, None where a stage's map was not used.
+    """
+
+    def __call__(self, x):
+        return self.forward(x)[0]
+
+    def forward(self, x, train=False, rng=None):
+        ys, caches = [], []
+        for layer in self.parts.values():
+            x, cache = layer.forward(x, train, rng)
+            ys.append(x)
+            caches.append(cache)
+        return ys, caches
+
+    def backward(self, dys, cache):
+        _same_number("Stages.backward", "gradients", dys, cache)
+        above = None
+        reached = self._reached(cache)
+        for (layer, c), dy in zip(reversed(reached), reversed(dys)):
+            dy = _sum(above, dy)
+            above = None if dy is None else layer.backward(dy, c)
+        return above if self.input_grad else None
+
+
+class Residual(Composite):
+    """y = branch(x) + shortcut(x) (He et al.: a residual block without its last ReLU). shortcut=None: x itself."""
+
+    def __init__(self, branch, shortcut=None):
+        super().__init__(branch=branch, **({} if shortcut is None else {"shortcut": shortcut}))
+
+    def forward(self, x, train=False, rng=None):
+        a, branch_cache = self.parts["branch"].forward(x, train, rng)
+        b, shortcut_cache = self.parts["shortcut"].forward(x, train, rng) if "shortcut" in self.parts else (x, None)
+        y, add_cache = add.forward(a, b)
+        return y, (branch_cache, shortcut_cache, add_cache)
+
+    def backward(self, dy, cache):
+        da, db = add.backward(dy, cache[2])
+        dx = self.parts["branch"].backward(da, cache[0])
+        return _sum(dx, self.parts["shortcut"].backward(db, cache[1]) if "shortcut" in self.parts else db)
+
+
+class Fork(Composite):
+    """Every part sees the same x: forward returns the list of their ys, in order (a detector's classifier and regressor).
+
+    backward takes one gradient a part, None for a part that has none, and returns the sum of what they send back.
+    """
+
+    def forward(self, x, train=False, rng=None):
+        ys, caches = [], []
+        for layer in self.parts.values():
+            y, cache = layer.forward(x, train, rng)
+            ys.append(y)
+            caches.append(cache)
+        return ys, caches
+
+    def backward(self, dys, cache):
+        _same_number("Fork.backward", "gradients", dys, cache)
+        dx = None
+        for layer, dy, c in zip(self.parts.values(), dys, cache):
+            if dy is not None:
+                dx = _sum(dx, layer.backward(dy, c))
+        return dx
+
+
+class Shared(Composite):
+    """One layer, the part "layer", for each x of a list: the heads of a pyramid. Parameter gradients add up over all of them."""
+
+    def __init__(self, layer):
+        super().__init__(layer=layer)
+
+    def forward(self, xs, train=False, rng=None):
+        ys, caches = [], []
+        for x in xs:
+            y, cache = self.parts["layer"].forward(x, train, rng)
+            ys.append(y)
+            caches.append(cache)
+        return ys, caches
+
+    def backward(self, dys, cache):
+        """dys: one a map; None where a map has no gradient, which then gets None."""
+        _same_number("Shared.backward", "gradients", dys, cache)
+        return [None if dy is None else self.parts["layer"].backward(dy, c) for dy, c in zip(dys, cache)]
+
+
+class Concat(Fork):
+    """A Fork whose outputs are joined along the channels (ops.concat) into one y."""
+
+    def forward(self, x, train=False, rng=None):
+        ys, caches = super().forward(x, train, rng)
+        y, cache = concat.forward(ys)
+        return y, (caches, cache)
+
+    def backward(self, dy, cache):
+        return super().backward(concat.backward(dy, cache[1]), cache[0])
+
+
+def _sum(a, b):
+    """a + b, where None stands for no gradient."""
+    return b if a is None else a if b is None else a + b
+
+
+def _same_number(op, name, given, cache):
+    if len(given) != len(cache):
+        raise ValueError(f"{op}: {name} must be {len(cache)}, one for each output, got {len(given)}")
+
+
+# What is done with a whole net
+
+def fold(layer):
+    """A copy of the net in which every BatchNorm right behind a Conv2D or Linear of a Sequential is folded into it (batch_norm.fold).
+
+    It answers as the net does at test time, up to rounding, and faster; names of the other parts stay. The net itself stays as it is.
+    """
+    layer = copy.copy(layer)
+    if not isinstance(layer, Composite):
+        layer.params = {k: v.copy() for k, v in layer.params.items()}
+        layer.state = {k: v.copy() for k, v in layer.state.items()}
+        layer.grads = {k: np.zeros_like(v) for k, v in layer.params.items()}
+        return layer
+    parts, before = {}, None                                            # before: the copy of the layer that x has just left
+    for name, part in layer.parts.items():
+        if type(layer) is Sequential and isinstance(part, BatchNorm) and isinstance(before, (Conv2D, Linear)):
+            p, arrays = before.params, part.arrays()
+            p["w"], p["b"] = batch_norm.fold(p["w"], p["b"], *(arrays[k] for k in ("gamma", "beta", "mean", "var")), part.eps)
+        else:
+            before = parts[name] = fold(part)
+    layer.parts = parts
+    return layer
+
+
+def from_channels_first(arrays):
+    """Published weights in this project's layout: conv (Cout, Cin, kh, kw) to (kh, kw, Cin, Cout), linear (Cout, Cin) to (Cin, Cout).
+
+    arrays: a mapping by name; arrays of other dimensions stay. Returns a dict of C-contiguous copies. A linear layer behind a flattened
+    (C, H, W) map must first be reshaped to the convolution (Cout, C, H, W) that it is.
+    """
+    axes = {4: (2, 3, 1, 0), 2: (1, 0)}
+    return {name: np.array(a.transpose(axes.get(a.ndim)) if a.ndim in axes else a, order="C") for name, a in arrays.items()}
+
+
+def load(layer, arrays, source="weights", cast=False):
+    """Copy arrays, a mapping by name as layer.arrays() gives, into the layer. source: the file, for the message.
+
+    cast=True converts floating dtypes into the layer's, for published weights. Raises ValueError naming all that is missing,
+    too much, misshapen, of another dtype or not finite (after conversion, too); nothing is copied then.
     """
     own = layer.arrays()
-    for name, target in own.items():
-        if name not in arrays:
-            raise ValueError(f"layers.load: {source} lacks the array {name}")
-        if arrays[name].shape != target.shape:
-            raise ValueError(f"layers.load: {source}: {name} must have shape {target.shape}, got {arrays[name].shape}")
-        if not np.isfinite(arrays[name]).all():
-            raise ValueError(f"layers.load: {source}: {name} must be finite, got NaN or infinity")
-    if extra := sorted(set(arrays) - set(own)):
-        raise ValueError(f"layers.load: {source} holds arrays that the model lacks: {', '.join(extra)}")
-    for name, target in own.items():
-        target[...] = arrays[name]
+    for name, a in fitting("layers.load", source, arrays, own, cast=cast).items():
+        own[name][...] = a

@@ -1,36 +1,171 @@
-"""Stochastic gradient descent and its learning-rate schedules."""
+"""Optimisers (SGD with momentum, AdaGrad), gradient clipping and learning-rate schedules."""
 import math
 
 import numpy as np
 
+FORMS = ("plain", "caffe")
 
-class SGD:
-    """SGD with momentum and weight decay, on the `params` and `grads` of a layer.
 
-    v = momentum * v + (g + weight_decay * w);  w = w - lr * v   (OverFeat, sec. 3.1; where lr enters is a CHOICE.)
-    Decay acts on the arrays that have more than one axis, i.e. on conv weights, not on biases and gammas (CHOICE);
-    decay_all=True on every one. step(lr) updates the parameters in place and clears the gradients.
-    `state` holds the velocities by parameter name, for checkpoints.
-    Raises FloatingPointError naming the parameter if a gradient is not finite; nothing is updated then.
+class Optimizer:
+    """Base: what the optimisers share. step(lr) updates the parameters of a layer in place, then clears all its gradients.
+
+    Only what is in `layer.trained` at the step is updated; frozen parameters keep their bits. `state`, for checkpoints, holds one
+    array by parameter name, of its shape and dtype, for the parameters that train when the optimiser is made, and no others.
+    weight_decay * w is added to the gradient of arrays that have more than one axis, i.e. of conv weights, not of biases and
+    gammas (CHOICE); decay_all=True: of every one.
+    rates: factor of the learning rate by parameter name, a mapping (1 where it lacks the name) or a function of the name. Caffe's
+    lr_mult 2 for biases: rates=lambda name: 2 if name.endswith("b") else 1. With 0 the parameter stays, its state goes on.
+    clip: limit of the norm of all trained gradients together (clip_norm), before decay; None does not clip.
+    Raises ValueError for settings out of range, for unknown names in rates, for lr unless it is finite and >= 0, and for a
+    parameter that was frozen when the optimiser was made and trains now; FloatingPointError naming the parameter if a gradient
+    is not finite. Nothing is updated then.
     """
 
-    def __init__(self, layer, momentum=0.9, weight_decay=0.0, decay_all=False):
-        self.params, self.grads = layer.params, layer.grads
-        self.momentum, self.weight_decay, self.decay_all = momentum, weight_decay, decay_all
-        self.state = {k: np.zeros_like(w) for k, w in self.params.items()}
+    def __init__(self, layer, weight_decay, decay_all, rates, clip):
+        self.layer, self.weight_decay, self.decay_all, self.clip = layer, weight_decay, decay_all, clip
+        self._check("weight_decay must be finite and >= 0", weight_decay, 0 <= weight_decay < math.inf)
+        self._check("clip must be None or > 0", clip, clip is None or clip > 0)
+        factor = rates if callable(rates) else lambda name: (rates or {}).get(name, 1)
+        self.rates = {name: factor(name) for name in layer.trained}
+        if not callable(rates):
+            unknown = sorted(set(rates or {}) - set(layer.params))
+            self._check("rates must name parameters of the layer", unknown, not unknown)
+        for name, rate in self.rates.items():
+            self._check(f"the rate of {name} must be finite and >= 0", rate, 0 <= rate < math.inf)
+        self.state = {name: self._start(w) for name, w in layer.trained.items()}
 
     def step(self, lr):
-        for name, g in self.grads.items():
-            if not np.isfinite(g).all():
-                raise FloatingPointError(f"SGD.step: the gradient of {name} is not finite: lower the learning rate or check the data")
-        for name, w in self.params.items():
-            g, v = self.grads[name], self.state[name]
-            v *= self.momentum
-            v += g
-            if self.weight_decay and (w.ndim > 1 or self.decay_all):
-                v += self.weight_decay * w
-            w -= lr * v
+        op, trained = f"{type(self).__name__}.step", self.layer.trained
+        if not 0 <= lr < math.inf:
+            raise ValueError(f"{op}: lr must be finite and >= 0, got {lr}")
+        for name in trained:
+            if name not in self.state:
+                raise ValueError(f"{op}: what trains must have trained when the optimiser was made, got {name}, "
+                                 "which was frozen then: make a new optimiser")
+        grads = {name: self.layer.grads[name] for name in trained}
+        if self.clip is not None:
+            clip_norm(grads, self.clip)
+        _refuse(op, grads, self._unusable)
+        for name, w in trained.items():
+            decay = self.weight_decay if w.ndim > 1 or self.decay_all else 0
+            self._update(w, grads[name], self.state[name], float(lr * self.rates[name]), decay)
+        for g in self.layer.grads.values():
             g[...] = 0
+
+    def _check(self, rule, value, holds):
+        if not holds:
+            raise ValueError(f"optim.{type(self).__name__}: {rule}, got {value!r}")
+
+    def _start(self, w):
+        """The state of parameter w before the first step."""
+        return np.zeros_like(w)
+
+    def _unusable(self, g):
+        """What is wrong with the gradient g, or None."""
+        return _not_finite(g)
+
+    def _update(self, w, g, state, lr, decay):
+        """One step of parameter w and its state, in place."""
+        raise NotImplementedError
+
+
+class SGD(Optimizer):
+    """SGD with momentum and weight decay, on the `params` and `grads` of a layer. Options and errors: see Optimizer.
+
+    form "plain": v = momentum * v + (g + weight_decay * w);  w = w - lr * v   (OverFeat, sec. 3.1; where lr enters is a CHOICE.)
+    form "caffe": v = momentum * v + lr * (g + weight_decay * w);  w = w - v   (Fast R-CNN, OHEM; ohem notes, sec. 1.8.)
+    They differ when lr changes: plain rescales the momentum there, caffe carries on at the old rate.
+    `state` holds the velocities v, 0 at first. momentum lies in [0, 1).
+    """
+
+    def __init__(self, layer, momentum=0.9, weight_decay=0.0, decay_all=False, *, form="plain", rates=None, clip=None):
+        super().__init__(layer, weight_decay, decay_all, rates, clip)
+        self._check("momentum must lie in [0, 1)", momentum, 0 <= momentum < 1)
+        self._check(f"form must be one of {', '.join(FORMS)}", form, form in FORMS)
+        self.momentum, self.form = momentum, form
+
+    def _update(self, w, g, v, lr, decay):
+        v *= self.momentum
+        if self.form == "caffe":
+            v += lr * (g + decay * w)
+            w -= v
+        else:
+            v += g
+            if decay:
+                v += decay * w
+            w -= lr * v
+
+
+class AdaGrad(Optimizer):
+    """AdaGrad: every element has a rate of its own, which falls as its gradients add up (oquab notes, sec. 4.3).
+
+    d = g + weight_decay * w;  m = m + d^2;  w = w - lr * d / sqrt(m)
+    m starts at `initial`, 1e-10 in the authors' code, and counts the present gradient: the first step is lr * sign(d) unless d is
+    tiny. That code decays weights and biases alike (5e-4): hence decay_all. `state` holds m; initial lies in [1e-30, 1e30].
+    Options and errors: see Optimizer. A gradient whose square overflows is refused like one that is not finite: m would stay
+    infinite and the parameter stand still.
+    """
+
+    def __init__(self, layer, weight_decay=0.0, decay_all=True, *, initial=1e-10, rates=None, clip=None):
+        self.initial = initial
+        self._check("initial must lie in [1e-30, 1e30]", initial, 1e-30 <= initial <= 1e30)          # float32 holds it
+        super().__init__(layer, weight_decay, decay_all, rates, clip)
+
+    def _start(self, w):
+        return np.full_like(w, self.initial)
+
+    def _unusable(self, g):
+        with np.errstate(over="ignore"):
+            return _not_finite(g) or (None if np.isfinite(g * g).all() else "too large to square")
+
+    def _update(self, w, g, m, lr, decay):
+        d = g + decay * w
+        m += d * d
+        w -= lr * d / np.sqrt(m)
+
+
+def clip_norm(grads, limit):
+    """Scale all gradients so that their norm, taken together, is at most limit; in place. Returns the norm before, a float.
+
+    norm = sqrt(sum of g^2 over all arrays), added up in float64 after division by the largest |g|, so that no square overflows
+    or vanishes; if norm > limit: g = g * limit / norm, else they keep their bits.
+    grads: mapping of name to array. No gradients, or none but zeros: 0.0. Raises ValueError unless limit > 0,
+    FloatingPointError naming a gradient that is not finite; nothing is scaled then.
+    """
+    _positive("optim.clip_norm", limit)
+    _refuse("optim.clip_norm", grads, _not_finite)
+    largest = max((float(np.abs(g).max(initial=0)) for g in grads.values()), default=0.0)
+    if largest == 0:
+        return 0.0
+    root = math.sqrt(sum(float(np.square(g.astype(np.float64) / largest).sum()) for g in grads.values()))
+    if largest * root > limit:
+        for g in grads.values():
+            g[...] = g.astype(np.float64) / largest * (limit / root)
+    return largest * root
+
+
+def clip_value(grads, limit):
+    """Cut every element of the gradients at -limit and limit, in place. Arguments and errors as in clip_norm."""
+    _positive("optim.clip_value", limit)
+    _refuse("optim.clip_value", grads, _not_finite)
+    for g in grads.values():
+        bound = min(limit, float(np.finfo(g.dtype).max))
+        g.clip(-bound, bound, out=g)
+
+
+def _positive(op, limit):
+    if not limit > 0:
+        raise ValueError(f"{op}: limit must be > 0, got {limit}")
+
+
+def _not_finite(g):
+    return None if np.isfinite(g).all() else "not finite"
+
+
+def _refuse(op, grads, unusable):
+    for name, g in grads.items():
+        if wrong := unusable(g):
+            raise FloatingPointError(f"{op}: the gradient of {name} is {wrong}: lower the learning rate or check the data")
 
 
 def step_schedule(lr, at, factor):

@@ -3,6 +3,7 @@ import json
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -100,15 +101,19 @@ class Run:
         write_arrays(self.folder / "checkpoint.npz", arrays, {"steps": steps})
 
     def restore(self, net, optimizer):
-        """Load the checkpoint, if there is one, into net and optimizer. Returns the number of steps done."""
+        """Load the checkpoint, if there is one, into net and optimizer. Returns the number of steps done.
+
+        Raises ValueError naming the file and all that does not fit; net and optimizer stay as they were then.
+        """
         path = self.folder / "checkpoint.npz"
         if not path.exists():
             return 0
         arrays, meta = read_arrays(path)
-        load(net, {k[4:]: v for k, v in arrays.items() if k.startswith("net/")}, str(path))
-        for name, value in optimizer.state.items():
-            saved = arrays.get(f"optimizer/{name}")
-            if saved is None or saved.shape != value.shape:
-                raise ValueError(f"train.Run: {path} must hold the optimizer's state of {name}, {value.shape}")
-            value[...] = saved
-        return meta["steps"]
+        steps = meta.get("steps") if isinstance(meta, dict) else None
+        if type(steps) is not int or steps < 0:
+            raise ValueError(f"train.Run: {path} must say how many steps were done, an integer >= 0, got {str(meta)[:80]}")
+        if foreign := [k for k in arrays if not k.startswith(("net/", "optimizer/"))]:
+            raise ValueError(f"train.Run: {path} must hold arrays of net/ and optimizer/ only, got {foreign[0]}")
+        both = SimpleNamespace(arrays=lambda: {**net.arrays(), **{f"optimizer/{k}": v for k, v in optimizer.state.items()}})
+        load(both, {k.removeprefix("net/"): v for k, v in arrays.items()}, str(path))      # both or, if anything differs, neither
+        return steps

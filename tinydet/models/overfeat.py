@@ -329,20 +329,26 @@ def look(net, image, scale):
 # Files
 
 def save(net, path, settings):
-    """Write a net with its Spec, and the settings to use it with (a JSON dict), to a weights file (.npz)."""
-    write_arrays(path, net.arrays(), {"model": "overfeat", "spec": dataclasses.asdict(net.spec), "settings": settings})
+    """Write a net with its Spec and dtype, and the settings to use it with (a JSON dict), to a weights file (.npz)."""
+    write_arrays(path, net.arrays(), {"model": "overfeat", "dtype": net.dtype.name, "spec": dataclasses.asdict(net.spec),
+                                      "settings": settings})
 
 
 def load(path):
-    """Read a weights file: the net (float32) and the settings. Raises ValueError naming a file that holds no OverFeat net."""
+    """Read a weights file: the net, in the dtype that it was saved in, and the settings.
+
+    Raises FileNotFoundError, or ValueError naming a file that holds no OverFeat net and all in which its arrays differ from one.
+    """
     arrays, meta = read_arrays(path)
     try:
-        kind, settings = meta["model"], meta["settings"]
+        kind, dtype, settings = meta["model"], meta.get("dtype", "float32"), meta["settings"]
         spec = Spec(**{k: tuple(v) if isinstance(v, list) else v for k, v in meta["spec"].items()})
-    except (KeyError, TypeError, AttributeError) as error:
+        if dtype not in ("float32", "float64") or not isinstance(settings, dict):
+            raise TypeError(f"dtype {dtype!r}, settings {settings!r}")
+        net = OverFeat(spec, np.random.default_rng(0), dtype)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"overfeat.load: {path} must describe an OverFeat net, got: {error!r}") from None
     if kind != "overfeat":
         raise ValueError(f"overfeat.load: {path} must hold an OverFeat net, got {kind!r}")
-    net = OverFeat(spec, np.random.default_rng(0))
     layers.load(net, arrays, str(path))
     return net, settings
