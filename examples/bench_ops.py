@@ -13,7 +13,7 @@ import tinydet  # noqa: F401                                        # before num
 import numpy as np
 
 from tinydet import files, use
-from tinydet.ops import batch_norm, conv, max_pool, merge, nms, offset_pool
+from tinydet.ops import batch_norm, box_voting, conv, lrn, max_pool, merge, nms, offset_pool, soft_nms
 
 LAYERS = ((16, 128, 128, 3, 16, 4, 2, 1), (16, 64, 64, 16, 32, 3, 1, 1), (16, 32, 32, 64, 64, 3, 1, 1), (16, 16, 16, 64, 128, 4, 1, 0))
 
@@ -52,13 +52,19 @@ def cases():
     x = rng.standard_normal((16, 64, 64, 32)).astype(np.float32)
     one, zero = np.ones(32, np.float32), np.zeros(32, np.float32)
     yield "max_pool 2 16x64x64x32", both(lambda x: max_pool.forward(x, 2), max_pool.backward, x), None
+    yield "max_pool 3/2, padded 16x64x64x32", both(lambda x: max_pool.forward(x, 3, 2, 1), max_pool.backward, x), None
     yield "offset_pool 2 16x64x64x32", both(lambda x: offset_pool.forward(x, 2), offset_pool.backward, x), None
     yield "batch_norm 16x64x64x32", both(lambda x: batch_norm.forward(x, one, zero), batch_norm.backward, x), None
-    for n, op in ((2000, "nms"), (150, "merge")):
-        corner, side = rng.uniform(0, 400, (n, 2)), rng.uniform(30, 60, (n, 2))
-        boxes, scores = np.concatenate([corner, corner + side], 1), rng.random(n)
-        run = (lambda b=boxes, s=scores: nms.nms(b, s, 0.5)) if op == "nms" else (lambda b=boxes, s=scores: merge.merge(b, s))
-        yield f"{op} {n} boxes", run, None
+    maps = rng.standard_normal((8, 27, 27, 96)).astype(np.float32)
+    yield "lrn 8x27x27x96", both(lrn.forward, lrn.backward, maps), None
+    corner, side = rng.uniform(0, 400, (2000, 2)), rng.uniform(30, 60, (2000, 2))
+    boxes, scores, groups = np.concatenate([corner, corner + side], 1), rng.random(2000), rng.integers(0, 80, 2000)
+    kept = nms.nms(boxes, scores, 0.3)
+    yield "nms 2000 boxes", lambda: nms.nms(boxes, scores, 0.5), None
+    yield "nms 2000 boxes, 80 groups", lambda: nms.nms(boxes, scores, 0.5, groups=groups), None
+    yield "soft_nms 2000 boxes", lambda: soft_nms.soft_nms(boxes, scores), None
+    yield f"box_voting {len(kept)} of 2000 boxes", lambda: box_voting.box_voting(boxes[kept], boxes, scores), None
+    yield "merge 150 boxes", lambda: merge.merge(boxes[:150], scores[:150]), None
 
 
 def timed(run):

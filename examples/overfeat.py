@@ -17,6 +17,7 @@ import numpy as np
 
 from tinydet import data, draw, evaluate, files, optim, scenes, train
 from tinydet.models import overfeat
+from tinydet.summary import summary
 
 
 def count(text):
@@ -78,7 +79,8 @@ def main(args, put):
     run = train.Run(Path(args.out) / args.name, config, args.resume)
     net = overfeat.OverFeat(spec, np.random.default_rng(args.seed))
     print(f"{len(examples)} training and {len(held_out)} evaluation images, {len(classes)} classes, window {spec.window}, scales "
-          + " ".join(f"{s:.2f}" for s in spec.scales) + f", {sum(w.size for w in net.params.values()):,} parameters", flush=True)
+          + " ".join(f"{s:.2f}" for s in spec.scales))
+    print(summary(net, (1, side, side, 3)), flush=True)             # a training crop
 
     def step(i):
         rng = np.random.default_rng([args.seed, i])

@@ -68,6 +68,18 @@ def test_the_head_of_the_1d_example():
     assert_array_equal(conv.forward(s, w, b, dilation=3)[0].ravel(), [47, 43, 43, 55, 55, 53])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kernel", [(1, 1), (1, 2), (2, 1), (2, 2)])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("pad", [0, (1, 0, 0, 0), (0, 0, 0, 1)])
+def test_a_1x1_kernel_takes_a_short_way_and_its_neighbours_do_not(backend, kernel, stride, pad):
+    arrays = random((2, 4, 4, 2), (*kernel, 2, 3), (3,))
+    with use(backend) as put:
+        y, _ = conv.forward(*map(put, arrays), stride, pad)
+        assert_allclose(to_numpy(y), by_definition(*arrays, stride, pad), rtol=1e-12, atol=1e-12)
+        check_grad(lambda x, w, b: conv.forward(x, w, b, stride, pad), conv.backward, arrays, put=put)
+
+
 def test_fully_connected_as_convolution_of_the_notes():
     """Oquab notes 7, fixture 2: image (2, 4, 5) and kernels (2, 2, 3, 3), both channels-first there."""
     c, i, j = np.indices((2, 4, 5))
@@ -118,7 +130,7 @@ def test_dilation_is_a_kernel_with_zeros_between():
 
 @pytest.mark.parametrize("shape, kernel, how", [
     ((3, 9, 7, 5), 3, (2, 1, 1)), ((2, 6, 8, 3), 1, (1, 0, 1)), ((2, 6, 8, 3), 1, (2, 0, 1)),
-    ((3, 7, 8, 2), 3, (2, (2, 1, 0, 3), 2)), ((2, 6, 8, 3), 1, (1, (0, 0, 0, 1), 1)),
+    ((3, 7, 8, 2), 3, (2, (2, 1, 0, 3), 2)), ((2, 6, 8, 3), 1, (1, (0, 0, 0, 1), 1)), ((2, 5, 9, 8), 3, (1, 1, 1)),
 ])
 def test_backends_agree_also_in_float32_transposed_and_in_blocks(shape, kernel, how, monkeypatch, all_threads):
     monkeypatch.setattr(conv, "BLOCK", 300)                         # several blocks, the last one not full

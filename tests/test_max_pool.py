@@ -172,6 +172,13 @@ def test_numba_equals_numpy_exactly(shape, size, stride, pad, ceil, all_threads)
         assert results[0][2].dtype == dtype
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_winners_are_kept_in_a_byte_up_to_size_16(backend):
+    with use(backend) as put:
+        for size, dtype in ((2, np.uint8), (16, np.uint8), (17, np.uint16)):
+            assert max_pool.forward(put(np.zeros((1, size, size, 1))), size)[1][3].dtype == dtype
+
+
 @given(x=distinct_NHWC(), how=hows())
 def test_gradient_is_conserved_and_stays_on_winners(x, how):
     assume(holds_a_window(x, *how))
@@ -186,6 +193,8 @@ def test_empty_and_one_element(backend):
     with use(backend) as put:
         y, cache = max_pool.forward(put(np.zeros((0, 4, 5, 2))), 2)
         assert y.shape == (0, 2, 2, 2) and max_pool.backward(y, cache).shape == (0, 4, 5, 2)
+        y, cache = max_pool.forward(put(np.zeros((1, 4, 5, 0))), 2, 1, 1)
+        assert y.shape == (1, 5, 6, 0) and max_pool.backward(y, cache).shape == (1, 4, 5, 0)
         y, cache = max_pool.forward(put(np.full((1, 1, 1, 1), -3.0)), 1)
         assert to_numpy(y).item() == -3 and to_numpy(max_pool.backward(y, cache)).item() == -3
 
