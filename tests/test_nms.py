@@ -73,6 +73,8 @@ def test_fixture_f6(backend, threshold, inclusive, plus_one, kept):
     scores = np.array([0.9, 0.8, 0.9, 0.7, 0.7, 0.6])
     assert run(backend, boxes, scores, threshold, inclusive, plus_one).tolist() == kept
     assert run(backend, boxes, scores, threshold, inclusive, plus_one, groups=np.full(6, 7)).tolist() == kept
+    if not inclusive:
+        assert run(backend, boxes, scores, threshold, plus_one=plus_one).tolist() == kept                   # the default
     alone = run(backend, boxes, scores, threshold, inclusive, plus_one, groups=np.arange(6))
     assert alone.tolist() == [0, 2, 1, 3, 4, 5]                             # each its own group: nothing is dropped
 

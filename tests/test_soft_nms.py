@@ -176,6 +176,18 @@ def test_an_overlap_at_the_threshold_and_a_score_at_the_minimum(backend):
 
 @methods
 @backends
+def test_ties_go_to_the_lowest_index(backend, method):
+    """Three times the same box, tied from the start; a pair that is tied once the best is out; a tie that only a decay makes."""
+    boxes = np.array([[0.0, 0, 8, 8]] * 3 + [[50, 0, 58, 8], [52, 0, 60, 8], [50, 20, 58, 28]])
+    scores = np.array([0.5, 0.5, 0.5, 0.75, 0.75, 1])
+    for n, order in ((3, [0, 1, 2]), (6, [5, 3, 0, 4, 1, 2])):
+        assert run(backend, boxes[:n], scores[:n], method, min_score=0)[0].tolist() == order
+    halves = np.array([[0.0, 0, 8, 4], [0, 0, 8, 8], [20, 0, 28, 8]])        # 1 takes 0 from 0.5 to 0.25, where 2 is
+    assert run(backend, halves, np.array([0.5, 1, 0.25]), "linear")[0].tolist() == [1, 0, 2]
+
+
+@methods
+@backends
 def test_empty_one_and_boxes_without_area(backend, method):
     for dtype in (np.float64, np.float32):
         for groups in (None, np.zeros(0, int)):

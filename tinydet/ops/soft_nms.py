@@ -60,7 +60,7 @@ def _soft_nms_numpy(boxes, scores, groups, linear, threshold, sigma, min_score, 
         side = np.minimum(boxes[i, 2:], boxes[left, 2:]) - np.maximum(boxes[i, :2], boxes[left, :2]) + one
         inter = side.clip(0).prod(1)
         union = area[i] + area[left] - inter
-        iou = inter / np.where(union > 0, union, 1) * (union > 0)
+        iou = inter / np.where(union > 0, union, 1)             # inter is 0 where the union is
         if linear:
             decay = np.where(inter > threshold * union, 1 - iou, 1)
         else:
