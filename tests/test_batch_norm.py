@@ -187,6 +187,8 @@ def test_fold_errors(change, error, message):
 
 def test_frozen_and_backward_errors():
     x, one = np.ones((1, 2, 2, 2)), np.ones(2)
+    with pytest.raises(ValueError, match=r"^batch_norm\.forward_frozen: C must be at least 1, got 0"):
+        batch_norm.forward_frozen(x[..., :0], *[one[:0]] * 4)
     with pytest.raises(ValueError, match=r"^batch_norm\.forward_frozen: var must have shape \(2,\), got \(1,\)"):
         batch_norm.forward_frozen(x, one, one, one, one[:1])
     with pytest.raises(ValueError, match=r"^batch_norm\.backward: dy must have shape \(1, 2, 2, 2\), got \(1, 2, 2, 1\)"):

@@ -94,7 +94,7 @@ def test_forward_errors(xs, axis, error, message):
 def test_backward_errors():
     _, cache = concat.forward([np.ones((2, 3)), np.ones((2, 1))])
     for dy in (np.ones((2, 5)), np.ones(4)):
-        with pytest.raises(ValueError, match=r"^concat\.backward: dy must have length 4 along axis 1, got \(" + str(dy.shape)[1:-1]):
+        with pytest.raises(ValueError, match=r"^concat\.backward: dy must have shape \(2, 4\), got \(" + str(dy.shape)[1:-1]):
             concat.backward(dy, cache)
     with pytest.raises(TypeError, match=r"^concat\.backward: dy must be an array, got list"):
         concat.backward([1.0], cache)

@@ -149,6 +149,18 @@ def test_backends_agree_also_in_float32_transposed_and_in_blocks(shape, kernel, 
             assert_allclose(a, b, rtol=tolerance, atol=tolerance * 10)
 
 
+def test_unrolled_blocks_keep_to_the_limit(monkeypatch):
+    """One output line unrolls to 5 * 12 numbers, one image to 3 such lines."""
+    images = []
+    monkeypatch.setattr(conv, "BLOCK", 360)
+    monkeypatch.setattr(conv, "_fold", lambda dcols, *_: images.append(len(dcols)))
+    x, w, b = random((3, 5, 6, 2), (3, 2, 2, 4), (4,))
+    assert [cols.shape for _, cols in conv._blocks(x, w, 1, (0, 0, 0, 0), 1)] == [(30, 12), (15, 12)]
+    with use("numba"):
+        conv.backward(*conv.forward(x, w, b))
+    assert images == [2, 1]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("size, pad", [(1, 0), (3, 1), (1, (0, 1, 0, 0))])
 def test_a_gradient_that_is_not_needed_is_none_and_leaves_the_others(backend, size, pad):

@@ -121,6 +121,16 @@ def test_backward_may_run_twice(backend, case):
             assert_array_equal(a, b, strict=True)
 
 
+@pytest.mark.parametrize("case", [c for c in CASES if c.kind == "gradient" and c.op not in cases.LAYERS], ids=lambda c: f"{c.op} {c.what}".strip())
+def test_backward_refuses_what_is_no_gradient_of_its_result(case):
+    forward, backward, inputs = drawn(case)
+    y, cache = forward(*inputs)[:2]
+    for dy, error, message in ((np.ones(y.shape, int), TypeError, r"dy must be float32 or float64, got int64|dtypes must agree"),
+                               (np.ones((*y.shape, 2)), ValueError, r"d[sy] must have shape"), ([1.0], TypeError, "d[sy] must be an array, got list")):
+        with pytest.raises(error, match=rf"^\w+\.backward: .*({message})"):
+            backward(dy, cache)
+
+
 @each
 def test_backends_agree(case):
     forward, backward, inputs = drawn(case, 1)

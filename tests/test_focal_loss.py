@@ -128,8 +128,15 @@ def test_float32_transposed_and_small_integers():
     assert_allclose(value32, value, rtol=1e-6)
     assert_allclose(dx32, dx, atol=1e-6)
     assert_allclose(focal_loss.loss(x, (labels == 1).astype(np.uint8))[0], by_definition(x, (labels == 1) * 1), rtol=1e-12)
-    with np.errstate(invalid="ignore"):                                     # logaddexp warns of NaN
-        assert math.isnan(focal_loss.loss(np.array([np.nan, 1]), np.array([1, 0]))[0])
+    assert math.isnan(focal_loss.loss(np.array([np.nan, 1]), np.array([1, 0]))[0])          # and no warning
+
+
+@pytest.mark.parametrize("gamma", [0, 0.5, 2])
+def test_infinite_scores_have_the_limits_of_value_and_gradient(gamma):
+    """On the wrong side the gradient is -alpha_t * sign, on the right side nothing is left of it."""
+    value, dx = focal_loss.loss(np.array([-np.inf, np.inf, np.inf, -np.inf]), np.array([1, 0, 1, 0]), gamma=gamma, normalizer=1)
+    assert value == math.inf
+    assert_array_equal(dx, [-0.25, 0.75, 0, 0])
 
 
 @pytest.mark.parametrize("labels", [-1, 0, 1])

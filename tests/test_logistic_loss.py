@@ -117,8 +117,13 @@ def test_infinity_and_nan_that_count():
     value, dx = logistic_loss.loss(np.array([[-np.inf, np.inf]]), np.array([[1, 1]]), signed=True)
     assert value == math.inf
     assert_array_equal(dx, [[-1, 0]])
-    with np.errstate(invalid="ignore"):                                     # logaddexp warns of NaN
-        assert math.isnan(logistic_loss.loss(np.array([[np.nan, 1]]), np.array([[1, 1]]), signed=True)[0])
+    assert math.isnan(logistic_loss.loss(np.array([[np.nan, 1]]), np.array([[1, 1]]), signed=True)[0])          # and no warning
+
+
+def test_softplus_is_exact_at_both_ends():
+    x = np.array([-np.inf, -800, -40, 0, 1, 40, 800, np.inf])
+    assert_allclose(logistic_loss.softplus(x), [0, 0, math.exp(-40), math.log(2), math.log1p(math.e), 40, 800, np.inf], rtol=1e-12)
+    assert logistic_loss.softplus(x.astype(np.float32)).dtype == np.float32
 
 
 @both

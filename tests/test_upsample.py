@@ -88,6 +88,7 @@ def test_empty_and_one_element(backend):
     (dict(size=[6, 5]), ValueError, r"size must be \(6, 4\) or up to 1 less in each, got \(6, 5\)"),
     (dict(size=(4, 4)), ValueError, r"size must be \(6, 4\) or up to 1 less in each, got \(4, 4\)"),
     (dict(size=(9, 3), factor=3), ValueError, r"size must be \(9, 6\) or up to 2 less in each, got \(9, 3\)"),
+    (dict(size=5), ValueError, r"size must be \(6, 4\) or up to 1 less in each, got \(5,\)"),
     (dict(size=(6, 4, 1)), ValueError, r"size must be \(6, 4\) or up to 1 less in each, got \(6, 4, 1\)"),
 ])
 def test_forward_errors(change, error, message):

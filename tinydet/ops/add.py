@@ -3,16 +3,18 @@ from tinydet import checks
 
 
 def forward(a, b):
-    """y = a + b. a, b: one shape and one dtype, float32 or float64; nothing is broadcast. Returns y and cache (None).
+    """y = a + b. a, b: one shape and one dtype, float32 or float64; nothing is broadcast. Returns y and cache.
 
     Raises ValueError for shapes that differ, TypeError for dtypes.
     """
     checks.float_array("add.forward", "a", a)
     checks.same_shape("add.forward", a.shape, b=b)
     checks.same_dtype("add.forward", a=a, b=b)
-    return a + b, None
+    return a + b, a.shape
 
 
 def backward(dy, cache):
     """da = db = dy: both are the array dy itself, not copies."""
+    checks.same_shape("add.backward", cache, dy=dy)
+    checks.float_array("add.backward", "dy", dy)
     return dy, dy

@@ -72,6 +72,7 @@ def _check(op, x, **channel):
     checks.float_array(op, "x", x, "(N, H, W, C)")
     checks.same_dtype(op, x=x, **channel)
     checks.same_shape(op, (x.shape[3],), **channel)
+    checks.whole(op, 1, C=x.shape[3])
 
 
 def _normalise(x, gamma, beta, mean, var, eps, training):

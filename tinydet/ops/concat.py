@@ -23,15 +23,15 @@ def forward(xs, axis=-1):
     others = [x.shape[:axis] + x.shape[axis + 1:] for x in xs]
     if any(x.ndim != ndim or other != others[0] for x, other in zip(xs, others)):
         raise ValueError(f"{op}: shapes must agree but on axis {axis}, got {', '.join(str(x.shape) for x in xs)}")
-    return array_module(xs[0]).concatenate(xs, axis), ([x.shape[axis] for x in xs], axis)
+    y = array_module(xs[0]).concatenate(xs, axis)
+    return y, ([x.shape[axis] for x in xs], axis, y.shape)
 
 
 def backward(dy, cache):
     """The gradients of xs, in order, as a list: the parts of dy (views of it)."""
-    sizes, axis = cache
-    checks.array("concat.backward", "dy", dy)
-    if axis >= dy.ndim or dy.shape[axis] != sum(sizes):
-        raise ValueError(f"concat.backward: dy must have length {sum(sizes)} along axis {axis}, got {dy.shape}")
+    sizes, axis, shape = cache
+    checks.float_array("concat.backward", "dy", dy)
+    checks.same_shape("concat.backward", shape, dy=dy)
     parts, start = [], 0
     for size in sizes:
         parts.append(dy[(slice(None),) * axis + (slice(start, start + size),)])

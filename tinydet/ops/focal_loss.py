@@ -1,7 +1,7 @@
 """Focal loss: cross-entropy in which easy examples fade, for the many negatives of a one-stage detector."""
 from tinydet import checks
 from tinydet.backend import array_module
-from tinydet.ops.logistic_loss import sigmoid
+from tinydet.ops.logistic_loss import sigmoid, softplus
 
 
 def loss(x, labels, alpha=0.25, gamma=2.0, normalizer=None):
@@ -30,7 +30,8 @@ def loss(x, labels, alpha=0.25, gamma=2.0, normalizer=None):
     sign = xp.where(labels == 1, 1, -1).astype(x.dtype)
     z = xp.where(labels < 0, 0, sign * x)
     weight = xp.where(labels < 0, 0, xp.where(labels == 1, yes, no) / normalizer).astype(x.dtype)
-    log_p, rest = -xp.logaddexp(0, -z), sigmoid(-z)             # log(p_t) and 1 - p_t, both exact for large |z|
+    p, rest, log_p = sigmoid(z), sigmoid(-z), -softplus(-z)             # p_t, 1 - p_t and log(p_t), each exact for large |z|
     fade = weight * rest ** x.dtype.type(gamma)
     value = -(fade * log_p).sum(dtype="float64")
-    return float(value), sign * fade * (x.dtype.type(gamma) * sigmoid(z) * log_p - rest)
+    p_log_p = p * xp.where(p > 0, log_p, 0)                             # 0 where p_t is, though its logarithm may be infinite
+    return float(value), sign * fade * (x.dtype.type(gamma) * p_log_p - rest)

@@ -21,7 +21,7 @@ def loss(x, labels, *, signed):
     t = xp.where(labels > 0, 1, -1).astype(x.dtype)
     z = xp.where(counts, -t * x, 0)
     rows = max(1, len(x))
-    value = xp.where(counts, xp.logaddexp(0, z), 0).sum(dtype="float64") / rows
+    value = xp.where(counts, softplus(z), 0).sum(dtype="float64") / rows
     dx = xp.where(counts, -t * sigmoid(z), 0) / x.dtype.type(rows)
     return float(value), dx
 
@@ -31,3 +31,9 @@ def sigmoid(x):
     xp = array_module(x)
     e = xp.exp(-abs(x))
     return xp.where(x >= 0, 1, e) / (1 + e)
+
+
+def softplus(x):
+    """log(1 + exp(x)) = -log(sigmoid(-x)) without overflow at either end; NaN stays NaN. Same shape and dtype."""
+    xp = array_module(x)
+    return xp.maximum(x, 0) + xp.log1p(xp.exp(-abs(x)))

@@ -47,6 +47,7 @@ def output_size(side, size, stride, before, after, ceil):
 def backward(dy, cache):
     """dx: each dy[n,i,j,c] goes to the pixel that won its window; a pixel adds up all the windows that it won."""
     checks.same_shape("max_pool.backward", cache[3].shape, dy=dy)
+    checks.float_array("max_pool.backward", "dy", dy)
     run = pick(dy, numpy=_backward_numpy, numba=_backward_numba)
     return run(dy, *cache)
 

@@ -16,4 +16,5 @@ def forward(x):
 def backward(dy, cache):
     """dx = dy where x > 0, else 0: the derivative at the kink x = 0 is taken as 0. dy: the shape of y."""
     checks.same_shape("relu.backward", cache.shape, dy=dy)
+    checks.same_dtype("relu.backward", y=cache, dy=dy)
     return dy * (cache > 0)

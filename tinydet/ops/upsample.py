@@ -14,7 +14,7 @@ def forward(x, factor=2, size=None):
     checks.float_array(op, "x", x, "(N, H, W, C)")
     checks.whole(op, 1, factor=factor)
     full = x.shape[1] * factor, x.shape[2] * factor
-    size = full if size is None else tuple(size)
+    size = full if size is None else tuple(size) if isinstance(size, (tuple, list)) else (size,)
     if len(size) != 2 or any(not f - factor < s <= f for s, f in zip(size, full)):
         raise ValueError(f"{op}: size must be {full} or up to {factor - 1} less in each, got {size}")
     return x.repeat(factor, 1).repeat(factor, 2)[:, :size[0], :size[1]], (x.shape, factor, size)
