@@ -147,3 +147,13 @@ def test_without_a_vote_a_box_stays_as_it_is(backend):
 def test_errors(change, error, message):
     with pytest.raises(error, match=r"^box_voting\.box_voting: " + message):
         box_voting(**{**dict(kept_boxes=np.zeros((3, 4)), boxes=np.zeros((2, 4)), scores=np.zeros(2)), **change})
+
+
+@backends
+@given(kept=random_boxes(extent=6), boxes=random_boxes(extent=6), seed=seeds, threshold=thresholds)
+def test_size_does_not_matter(backend, kept, boxes, seed, threshold):
+    """Boxes far smaller than a pixel vote as their enlargements do: to the bit, as 1/64 and 64 are powers of two."""
+    scores = np.random.default_rng(seed).random(len(boxes))
+    expected = run(backend, kept, boxes, scores, threshold=threshold)
+    for scale in (1 / 64, 64):
+        assert_array_equal(run(backend, kept * scale, boxes * scale, scores, threshold=threshold), expected * scale)

@@ -210,3 +210,13 @@ def test_arguments_stay_whole():
 def test_errors(change, error, message):
     with pytest.raises(error, match=r"^nms\.nms: " + message):
         nms(**{**dict(boxes=np.zeros((2, 4)), scores=np.zeros(2), threshold=0.5), **change})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(case=cases(), threshold=thresholds, inclusive=st.booleans())
+def test_size_does_not_matter(backend, case, threshold, inclusive):
+    """Boxes far smaller than a pixel are chosen as their enlargements are."""
+    boxes, scores = case[:2]
+    expected = run(backend, boxes, scores, threshold, inclusive)
+    for scale in (1 / 64, 64):
+        assert_array_equal(run(backend, boxes * scale, scores, threshold, inclusive), expected)

@@ -243,3 +243,15 @@ def test_errors(change, error, message):
         soft_nms(**{**dict(boxes=np.zeros((2, 4)), scores=np.zeros(2)), **change})
     for bound in (0, 1):
         soft_nms(np.zeros((2, 4)), np.zeros(2), threshold=bound, sigma=1e-3, min_score=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("method", ["linear", "gaussian"])
+@given(boxes=random_boxes(max_R=16, extent=8), seed=seeds)
+def test_size_does_not_matter(backend, method, boxes, seed):
+    """Boxes far smaller than a pixel decay as their enlargements do."""
+    scores = np.random.default_rng(seed).random(len(boxes))
+    expected = run(backend, boxes, scores, method)
+    for scale in (1 / 64, 64):
+        for a, b in zip(run(backend, boxes * scale, scores, method), expected):
+            assert_array_equal(a, b)
