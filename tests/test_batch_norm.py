@@ -187,6 +187,13 @@ def test_fold_errors(change, error, message):
 
 def test_frozen_and_backward_errors():
     x, one = np.ones((1, 2, 2, 2)), np.ones(2)
+    with pytest.raises(ValueError, match=r"^batch_norm\.forward_frozen: var must be at least 0, got -1\.0"):
+        batch_norm.forward_frozen(x, one, one, one, -one)
+    with pytest.raises(ValueError, match=r"^batch_norm\.fold: var must be at least 0, got -1\.0"):
+        batch_norm.fold(np.ones((3, 2)), one, one, one, one, -one)
+    for eps in (-1e-5, np.inf):
+        with pytest.raises(ValueError, match=r"^batch_norm\.forward: eps must be finite and at least 0, got (-1e-05|inf)"):
+            batch_norm.forward(x, one, one, eps)
     with pytest.raises(ValueError, match=r"^batch_norm\.forward_frozen: C must be at least 1, got 0"):
         batch_norm.forward_frozen(x[..., :0], *[one[:0]] * 4)
     with pytest.raises(ValueError, match=r"^batch_norm\.forward_frozen: var must have shape \(2,\), got \(1,\)"):

@@ -157,3 +157,13 @@ def test_size_does_not_matter(backend, kept, boxes, seed, threshold):
     expected = run(backend, kept, boxes, scores, threshold=threshold)
     for scale in (1 / 64, 64):
         assert_array_equal(run(backend, kept * scale, boxes * scale, scores, threshold=threshold), expected * scale)
+
+
+def test_areas_and_sums_that_overflow_are_refused():
+    box, one = np.array([[0.0, 0, 10, 10]]), np.ones(1)
+    with pytest.raises(ValueError, match=r"^box_voting\.box_voting: boxes must have areas that float64 holds"):
+        box_voting(box, box * 1e160, one)
+    with pytest.raises(ValueError, match=r"^box_voting\.box_voting: kept_boxes must have areas that float64 holds"):
+        box_voting(box * 1e160, box, one)
+    with pytest.raises(ValueError, match=r"^box_voting\.box_voting: scores must have a sum that times a coordinate stays finite"):
+        box_voting(box, box, one * 1e308)

@@ -60,6 +60,26 @@ def test_gradient_of_a_pyramid_with_shared_heads(backend):
         assert check_grad(*of_layer(Pyramid(), distinct((1, 6, 5, 2), 0)), put=put) < 1e-7
 
 
+@pytest.mark.parametrize("heads", [
+    lambda: Fork(scores=Shared(conv(2, 3)), edges=Shared(conv(2, 1, seed=1))), lambda: Shared(Fork(scores=conv(2, 3), edges=conv(2, 1, seed=1)))])
+def test_two_heads_over_a_pyramid_in_either_order(heads):
+    """A Fork of shared heads sends back one gradient a level, the sum of both heads'."""
+    xs = [distinct((1, 4, 3, 2), 0), distinct((1, 2, 2, 2), 1)]
+    assert check_grad(*of_layer(heads(), xs)) < 1e-7
+
+
+def test_fork_of_shared_heads_is_shared_fork():
+    xs = [distinct((1, 4, 3, 2), 0), distinct((1, 2, 2, 2), 1)]
+    a, b = Fork(s=Shared(conv(2, 3)), e=Shared(conv(2, 1, seed=1))), Shared(Fork(s=conv(2, 3), e=conv(2, 1, seed=1)))
+    (s, e), a_cache = a.forward(xs)
+    pairs, b_cache = b.forward(xs)
+    for level in range(2):
+        assert_array_equal(s[level], pairs[level][0])
+        assert_array_equal(e[level], pairs[level][1])
+    for x, y in zip(a.backward([s, e], a_cache), b.backward(pairs, b_cache), strict=True):
+        assert_allclose(x, y, rtol=1e-12)
+
+
 def test_a_residual_block_is_the_sum_of_its_two_ways():
     x, branch, shortcut = distinct((1, 4, 4, 2), 0), conv(2, 3, stride=2), conv(2, 3, 1, seed=1, stride=2)
     assert_array_equal(Residual(branch, shortcut)(x), branch(x) + shortcut(x))
@@ -162,6 +182,9 @@ def test_fold_answers_as_the_net_does_with_fewer_layers():
     x, before = distinct((2, 6, 5, 2), 0), {k: v.copy() for k, v in net.arrays().items()}
     folded = fold(net)
     assert_allclose(folded(x), net(x), rtol=1e-12, atol=1e-12)
+    y, cache = folded.forward(x)
+    folded.backward(y, cache)
+    assert not any(g.any() for g in net.grads.values()) and any(g.any() for g in folded.grads.values())
     kinds = [type(layer).__name__ for layer in folded.leaves().values()]
     assert kinds.count("BatchNorm") == 1 and kinds.count("Conv2D") == 4           # the one behind the sum has no convolution to go into
     assert set(folded.params) == {k for k in net.params if not k.startswith(("1.", "3.branch.1.", "7.", "8."))}
@@ -170,6 +193,16 @@ def test_fold_answers_as_the_net_does_with_fewer_layers():
     for k, v in net.arrays().items():
         assert_array_equal(v, before[k])
     assert folded.grads.keys() == folded.params.keys() and net.parts.keys() != folded.parts.keys()
+
+
+def test_fold_leaves_a_convolution_of_another_kind_alone():
+    class Rectified(Conv2D):
+        def forward(self, x, train=False, rng=None):
+            y, cache = super().forward(x, train, rng)
+            return np.maximum(y, 0), cache
+    net = Sequential(Rectified(2, 3, 3, rng=np.random.default_rng(0), dtype=np.float64), norm(3))
+    x = distinct((1, 4, 4, 2), 0)
+    assert_array_equal(fold(net)(x), net(x))
 
 
 def test_fold_keeps_what_reads_every_stage():

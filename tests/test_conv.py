@@ -209,6 +209,8 @@ def test_nan_reaches_the_windows_that_read_it_and_no_other(backend):
     (dict(b=np.zeros(2)), ValueError, r"b must have shape \(3,\), got \(2,\)"),
     (dict(b=np.zeros(3, np.float32)), TypeError, "dtypes must agree, got x float64, w float64, b float32"),
     (dict(stride=0), ValueError, "stride must be at least 1, got 0"),
+    (dict(stride=2**31), ValueError, r"stride must be below 2\^31, got 2147483648"),
+    (dict(pad=2**31), ValueError, r"pad must be below 2\^31, got 2147483648"),
     (dict(stride=1.5), TypeError, "stride must be an integer, got 1.5"),
     (dict(pad=-1), ValueError, "pad must be at least 0, got -1"),
     (dict(pad=(1, 1)), ValueError, r"pad must be a number or \(top, bottom, left, right\), got \(1, 1\)"),

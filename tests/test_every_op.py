@@ -49,7 +49,8 @@ def test_every_op_layer_and_optimiser_has_a_case():
     classes = {k for k, c in vars(layers).items() if isinstance(c, type) and issubclass(c, layers.Layer) and "forward" in vars(c)}
     assert classes == cases.LAYERS.keys() <= named
     optimisers = {k for k, c in vars(optim).items() if isinstance(c, type) and k != "Optimizer"}
-    assert optimisers and optimisers <= named
+    functions = {k for k, f in inspect.getmembers(optim, inspect.isfunction) if not k.startswith("_")}
+    assert optimisers and optimisers <= named and functions <= named | {"step_schedule", "cosine_schedule"}      # these two: "schedules"
 
 
 def test_every_loss_and_every_differentiable_op_is_proved_by_differences():
@@ -129,6 +130,8 @@ def test_backward_refuses_what_is_no_gradient_of_its_result(case):
                                (np.ones((*y.shape, 2)), ValueError, r"d[sy] must have shape"), ([1.0], TypeError, "d[sy] must be an array, got list")):
         with pytest.raises(error, match=rf"^\w+\.backward: .*({message})"):
             backward(dy, cache)
+    with pytest.raises(TypeError, match=r"^\w+\.backward: (dy must be float64, as the result was, got float32|dtypes must agree)"):
+        backward(y.astype(np.float32), cache)
 
 
 @each
@@ -197,6 +200,10 @@ def wrong(dy, cache):
                                             lambda dy, c: dy, [np.zeros(0)]), 1e-6), None),
     (Case("a", "", "gradient", lambda rng: (lambda x: (x if x.dtype == np.float64 else x * np.float32(1.1), None), lambda dy, c: dy,
                                             [rng.standard_normal(3)]), 1e-6), "must be at most 1e-06"),
+    (Case("a", "", "gradient", lambda rng: (lambda x: (x, None), lambda dy, c: dy if dy.dtype == np.float64 else dy * np.float32(1.1),
+                                            [rng.standard_normal(3)]), 1e-6), "must be at most 1e-06"),
+    (Case("a", "", "gradient", lambda rng: (lambda x: (x, None), lambda dy, c: dy if dy.dtype == np.float64 else abs(dy),
+                                            [rng.standard_normal(9)]), 1e-6), "must be at most 1e-06"),
     (Case("a", "", "gradient", lambda rng: (lambda x: (x, None), lambda dy, c: dy.astype(np.float64), [rng.standard_normal(3)]), 1e-6),
      "results for float32 inputs must be float32, got float64"),
     (Case("a", "", "gradient", lambda rng: 1 / 0), "ZeroDivisionError: division by zero"),
@@ -213,7 +220,8 @@ def test_choices_and_bad_names(capsys):
     assert gradcheck.main(["--op", "relu", "--backend", "numba"]) == 0
     out = capsys.readouterr().out
     assert len(re.findall("^relu .* numba ", out, re.M)) == 2 and "numpy" not in out and "conv" not in out
-    for arguments, message in ((["--op", "nonsense"], r"invalid choice: 'nonsense' \(choose from .*conv"),
+    for arguments, message in ((["--json", "no folder/x.json"], "the folder of --json no folder/x.json must exist"),
+                               (["--op", "nonsense"], r"invalid choice: 'nonsense' \(choose from .*conv"),
                                (["--backend", "cuda9"], r"invalid choice: 'cuda9' \(choose from .*numpy")):
         with pytest.raises(SystemExit) as stop:
             gradcheck.main(arguments)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from tinydet.files import read_arrays, read_json, write, write_arrays
+from tinydet.files import read_arrays, read_json, whole, write, write_arrays
 
 
 def contents(folder):
@@ -77,7 +77,7 @@ def test_arrays_of_the_other_byte_order_come_back_native(tmp_path):
 
 @pytest.mark.parametrize("name", ["", "meta", "file", "allow_pickle", "w.npy", "a\0b", "a\nb", "\ud800", 3])
 def test_names_that_the_archive_would_lose_are_refused(tmp_path, name):
-    with pytest.raises(ValueError, match=r"^files\.write_arrays: a name must be printable text, not meta, file, .*, got "):
+    with pytest.raises(ValueError, match=r"^files\.write_arrays: a name must be printable text of less than 5000 letters, not meta, file, .*, got "):
         write_arrays(tmp_path / "a.npz", {"v": np.ones(2), name: np.ones(1)}, 1)
     assert contents(tmp_path) == {}
 
@@ -205,3 +205,27 @@ def test_read_json(tmp_path):
         write(path, content)
         with pytest.raises(ValueError, match=r"^files\.read_json: .*a\.json must be JSON, got: "):
             read_json(path)
+
+
+@pytest.mark.parametrize("flush", [lambda p: write(p, "x"), lambda p: write_arrays(p, {}, 1)])
+def test_a_missing_folder_is_named_by_the_path_that_was_given(tmp_path, flush):
+    with pytest.raises(FileNotFoundError, match=r"^files\.whole: the folder of .*none/a\.npz must exist$"):
+        flush(tmp_path / "none" / "a.npz")
+
+
+def test_two_processes_write_to_different_parts(tmp_path):
+    with whole(tmp_path / "a.txt") as part:
+        part.write_text("x")
+        assert str(os.getpid()) in part.name and part.parent == tmp_path
+
+
+def test_a_text_file_is_no_archive_and_no_one_is_told_to_unpickle_it(tmp_path):
+    (tmp_path / "a.npz").write_text("hello")
+    with pytest.raises(ValueError, match=r"^files\.read_arrays: .*a\.npz must be a weights or checkpoint file of tinydet, got: a file that is no .npz"):
+        read_arrays(tmp_path / "a.npz")
+
+
+def test_a_name_too_long_for_an_archive_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"^files\.write_arrays: a name must be printable text of less than 5000 letters.*got 'aaa"):
+        write_arrays(tmp_path / "a.npz", {"a" * 70000: np.ones(1)}, 1)
+    assert not contents(tmp_path)

@@ -58,8 +58,9 @@ def test_one_bad_element_among_large_ones_is_seen_and_the_bound_is_the_limit():
     def off(by):
         return lambda dy, cache: dy * (1 + by * np.eye(3))
     check_grad(lambda x: (x, None), off(0.5e-6), [distinct((3, 3), 0)], dy=np.ones((3, 3)))
-    with pytest.raises(AssertionError, match="relative error 2e-06, bound 1e-06"):
-        check_grad(lambda x: (x, None), off(2e-6), [distinct((3, 3), 0)], dy=np.ones((3, 3)))
+    for by in (1.1e-6, 2e-6):
+        with pytest.raises(AssertionError, match=f"relative error {by:.3g}, bound 1e-06"):
+            check_grad(lambda x: (x, None), off(by), [distinct((3, 3), 0)], dy=np.ones((3, 3)))
 
 
 def test_a_changed_argument_is_named():
@@ -117,3 +118,63 @@ def test_check_loss():
     assert check_loss(lambda a, b: (float((a * b).sum()), b, a), [x, x[::-1]]) < 1e-8
     with pytest.raises(AssertionError, match=r"gradient of input 0 at \(\d,\) must be"):
         check_loss(lambda x: (float((x ** 3).sum()), 3.001 * x ** 2), [x])
+
+
+# What a table of numbers alone would not see
+
+def spoiled(dy, cache):
+    cache *= 2
+    return dy * cache / 2
+
+
+WORKSPACE = np.zeros((2, 3))
+
+
+def into_workspace(x):
+    WORKSPACE[...] = 2 * x
+    return x * x, WORKSPACE
+
+
+CALLS = []
+
+
+def right_once(dy, x):
+    CALLS.append(1)
+    return 2 * x * dy if len(CALLS) == 1 else 3 * x * dy
+
+
+@pytest.mark.parametrize("forward, backward", [
+    (lambda x: (x * x, 2 * x), spoiled),
+    (lambda x: (x * x, 2 * x), lambda dy, cache: (dy * cache, cache.fill(0))[0]),
+    (into_workspace, lambda dy, cache: dy * cache),
+    (lambda x: (x * x, x), right_once),
+    (lambda x: (x * x, x), lambda dy, x: 2 * x * np.random.default_rng(0).standard_normal((2, 3))),
+    (lambda x: (x * x, x), lambda dy, x: 2 * x * np.where(dy > 0, dy, dy * (dy == np.random.default_rng(0).standard_normal((2, 3))))),
+])
+def test_a_spoiled_cache_or_a_backward_that_ignores_dy_is_caught(forward, backward):
+    CALLS.clear()
+    with pytest.raises(AssertionError, match="backward must give the same gradient of input 0 again, and its negative for -dy"):
+        check_grad(forward, backward, [distinct((2, 3), 0)])
+
+
+def test_dy_is_of_both_signs():
+    with pytest.raises(AssertionError, match="gradient of input 0 at"):
+        check_grad(lambda x: (x * x, x), lambda dy, x: 2 * x * abs(dy), [distinct((2, 3), 0)])
+
+
+def test_outputs_in_lists_of_lists():
+    def forward(x):
+        return [[x * x, 2 * x], [x ** 3]], x
+
+    def backward(dys, x):
+        (a, b), (c,) = dys
+        return 2 * x * a + 2 * b + 3 * x * x * c
+    x = [distinct((2, 2), 0)]
+    assert check_grad(forward, backward, x) < 1e-7
+    assert check_grad(forward, backward, x, dy=[[x[0], x[0]], [x[0]]]) < 1e-7
+    with pytest.raises(AssertionError, match="gradient of input 0"):
+        check_grad(forward, lambda dys, x: backward([dys[0][::-1], dys[1]], x), x)
+    with pytest.raises(ValueError, match="dy must hold an array for each of 3 outputs, got 2"):
+        check_grad(forward, backward, x, dy=[x[0], x[0]])
+    with pytest.raises(AssertionError, match=r"y\[2\] must be a float64 array, got float32"):
+        check_grad(lambda x: ([[x, x], [x.astype(np.float32)]], x), backward, x)

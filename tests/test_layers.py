@@ -220,3 +220,37 @@ def test_load_copies_every_array_and_names_what_does_not_fit():
         with pytest.raises(ValueError, match=r"^layers\.load: " + message):
             load(net, wrong, "a.npz")
         assert net.params["0.w"].any()                                  # nothing was copied
+
+
+def test_the_parameters_of_a_composite_are_read_only_by_name():
+    """Setting a name would change a dict that is made anew each time: it must not look as if it worked."""
+    net = make("Sequential")
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        net.params["0.w"] = np.zeros(3)
+    net.parts["0"].params["w"] = net.params["0.w"] + 1
+    assert net.params["0.w"] is net.parts["0"].params["w"]
+
+
+@pytest.mark.parametrize("build, error, message", [
+    (lambda: Dropout(1.0), ValueError, r"layers\.Dropout: p must lie in \[0, 1\), got 1\.0"),
+    (lambda: Conv2D(0, 3, 3, rng=rng()), ValueError, r"layers\.Conv2D: Cin must be at least 1, got 0"),
+    (lambda: Conv2D(2, 3, 3, stride=0, rng=rng()), ValueError, r"layers\.Conv2D: stride must be at least 1, got 0"),
+    (lambda: Linear(2, 2.5, rng=rng()), TypeError, r"layers\.Linear: Cout must be an integer, got 2\.5"),
+])
+def test_unfit_settings_are_refused_when_a_layer_is_made(build, error, message):
+    with pytest.raises(error, match="^" + message):
+        build()
+
+
+def test_layers_tell_their_settings():
+    assert [repr(layer) for layer in (
+        Conv2D(3, 4, 5, stride=2, pad=(2, 1, 2, 1), dilation=3, rng=rng()), Linear(3, 4, rng=rng()), MaxPool(3, 2, 1, ceil=True), MaxPool(2),
+        LRN(), LRN(3, 0.5, 0.6, 2.0, False), layers.Upsample(), Dropout(0.25, True, False), ReLU())] == [
+        "Conv2D 5x5/2 3 -> 4, pad (2, 1, 2, 1), dilation 3", "Linear 3 -> 4", "MaxPool 3/2, pad 1, ceil", "MaxPool 2/2",
+        "LRN 5 channels, alpha 0.0001, beta 0.75, k 1.0", "LRN 3 channels, alpha 0.5, beta 0.6, k 2.0, alpha undivided", "Upsample x2",
+        "Dropout 0.25 by map, classical", "ReLU"]
+
+
+def test_a_composite_is_frozen_when_all_that_could_train_is():
+    net = Sequential(conv().freeze(), ReLU())
+    assert net.frozen and not Sequential(conv().freeze(), conv(3)).frozen

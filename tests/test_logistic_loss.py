@@ -166,3 +166,8 @@ def test_the_convention_has_no_default():
         logistic_loss.loss(np.zeros((1, 1)), np.zeros((1, 1), int))
     with pytest.raises(TypeError, match="positional"):
         logistic_loss.loss(np.zeros((1, 1)), np.zeros((1, 1), int), True)
+
+
+def test_signed_is_a_truth_value():
+    with pytest.raises(TypeError, match=r"^logistic_loss\.loss: signed must be True or False, got 'false'"):
+        logistic_loss.loss(np.zeros((1, 1)), np.zeros((1, 1), int), signed="false")

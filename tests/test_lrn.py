@@ -125,3 +125,16 @@ def test_backward_errors():
         lrn.backward(y[..., :1], cache)
     with pytest.raises(TypeError, match=r"^lrn\.backward: dtypes must agree, got x float64, dy float32"):
         lrn.backward(y.astype(np.float32), cache)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_window_far_wider_than_the_channels_holds_them_all(backend):
+    x = distinct((1, 2, 2, 4), 0)
+    with use(backend) as put:
+        found, expected = (to_numpy(lrn.forward(put(x), size, 0.5, divide_by_n=False)[0]) for size in (10**9 + 1, 9))
+    assert_array_equal(found, expected)
+
+
+def test_k_must_not_vanish_in_float32():
+    with pytest.raises(ValueError, match=r"^lrn\.forward: k must be above 0 in float32 too, got a smaller one"):
+        lrn.forward(np.zeros((1, 1, 1, 1), np.float32), k=1e-50)

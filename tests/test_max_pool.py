@@ -208,6 +208,7 @@ def test_empty_and_one_element(backend):
     (dict(x=np.zeros((1, 2, 3, 1), int)), TypeError, "x must be float32 or float64, got int64"),
     (dict(size=0, stride=1), ValueError, "size must be at least 1, got 0"),
     (dict(stride=0), ValueError, "stride must be at least 1, got 0"),
+    (dict(stride=10**20), ValueError, r"stride must be below 2\^31, got 1" + 20 * "0"),
     (dict(size=2.0, stride=1), TypeError, "size must be an integer, got 2.0"),
     (dict(pad=2), ValueError, r"pad must be below the window's size 2, got \(2, 2, 2, 2\)"),
     (dict(pad=(0, 0, 0, 3)), ValueError, r"pad must be below the window's size 2, got \(0, 0, 0, 3\)"),
@@ -222,3 +223,12 @@ def test_errors(change, error, message):
 def test_backward_error():
     with pytest.raises(ValueError, match=r"^max_pool\.backward: dy must have shape \(1, 2, 2, 1\), got \(1, 4, 4, 1\)"):
         max_pool.backward(np.zeros((1, 4, 4, 1)), max_pool.forward(distinct((1, 4, 4, 1), 0), 2)[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_window_far_larger_than_the_image(backend):
+    x = distinct((1, 4, 6, 2), 0)
+    with use(backend) as put:
+        y, cache = max_pool.forward(put(x), 20000, 20000, 0, True)
+        assert_array_equal(to_numpy(y)[0, 0, 0], x.max((0, 1, 2)))
+        assert_array_equal(to_numpy(max_pool.backward(y, cache)).sum((0, 1, 2)), x.max((0, 1, 2)))

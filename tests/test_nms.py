@@ -220,3 +220,17 @@ def test_size_does_not_matter(backend, case, threshold, inclusive):
     expected = run(backend, boxes, scores, threshold, inclusive)
     for scale in (1 / 64, 64):
         assert_array_equal(run(backend, boxes * scale, scores, threshold, inclusive), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_groups_are_told_apart_by_all_their_bits(backend):
+    boxes = np.array([[0.0, 0, 10, 10]] * 3)
+    assert_array_equal(run(backend, boxes, np.array([3.0, 2, 1]), 0.5, groups=np.array([0, 2**40, 0])), [0, 1])
+
+
+@pytest.mark.parametrize("dtype, side", [(np.float32, 1e20), (np.float64, 1e160)])
+def test_areas_that_the_dtype_does_not_hold_are_refused(dtype, side):
+    boxes, one = np.array([[0, 0, side, side]] * 2, dtype), np.ones(2, dtype)
+    with pytest.raises(ValueError, match=rf"^nms\.nms: boxes must have areas that {np.dtype(dtype)} holds, got a box of 1e\+"):
+        nms(boxes, one, 0.5)
+    assert len(nms(boxes * dtype(1e-10 if dtype == np.float32 else 1e-80), one, 0.5)) == 1

@@ -186,6 +186,8 @@ def test_errors():
         offset_pool.backward(s, offset_pool.forward(s, 2)[1])
     with pytest.raises(ValueError, match=r"^offset_pool\.split: s must have shape \(N, H, W, C\), got \(4, 4\)"):
         offset_pool.split(s[0, :, :, 0], 2)
+    with pytest.raises(ValueError, match=r"^offset_pool\.split: size must be at least 1, got 0"):
+        offset_pool.split(s, 0)
     with pytest.raises(ValueError, match=r"^offset_pool\.interleave: size must be at least 1, got 0"):
         offset_pool.interleave([], 0)
     with pytest.raises(ValueError, match=r"^offset_pool\.interleave: size 2 needs 4 maps, got 3"):

@@ -245,7 +245,7 @@ def test_adagrad_refuses_a_square_that_overflows_unless_clipped(dtype, huge):
     layer.grads["a"] += 1
     layer.grads["b"][1, 0] = huge
     adagrad = AdaGrad(layer)
-    with pytest.raises(FloatingPointError, match=r"^AdaGrad\.step: the gradient of b is too large to square: lower"):
+    with pytest.raises(FloatingPointError, match=r"^AdaGrad\.step: the gradient of b is too large to square and add up: lower"):
         adagrad.step(0.1)
     assert_array_equal(layer.params["a"], 1)
     assert (adagrad.state["a"] == dtype(1e-10)).all()
@@ -391,3 +391,29 @@ def test_cosine_schedule():
     for steps, warmup in ((10, 10), (10, -1), (0, 0)):
         with pytest.raises(ValueError, match=rf"^optim\.cosine_schedule: warmup must .* got warmup {warmup}, steps {steps}"):
             cosine_schedule(0.1, steps, warmup)
+
+
+def test_adagrad_refuses_what_overflows_by_adding_up_or_by_decay():
+    layer = Layer(w=np.ones((1, 2), np.float32))
+    adagrad = AdaGrad(layer)
+    layer.grads["w"] += 1.5e19                                      # squares to 2.25e38: once float32 holds it, twice it does not
+    adagrad.step(0.1)
+    layer.grads["w"] += 1.5e19
+    kept = layer.params["w"].copy()
+    with pytest.raises(FloatingPointError, match=r"^AdaGrad\.step: the gradient of w is too large to square and add up"):
+        adagrad.step(0.1)
+    assert_array_equal(layer.params["w"], kept)
+    layer = Layer(w=np.full((1, 2), 1e20, np.float32))
+    with pytest.raises(FloatingPointError, match="too large to square and add up"):
+        AdaGrad(layer, weight_decay=1.0).step(0.1)
+
+
+@pytest.mark.parametrize("clip", [clip_norm, clip_value])
+def test_clipping_refuses_integers(clip):
+    with pytest.raises(TypeError, match=r"^optim\.clip_\w+: the gradient of a must be a float array, got int64"):
+        clip({"a": np.array([3, 4])}, 1.0)
+
+
+def test_kinds_tell_states_apart():
+    layer = Layer(w=np.ones(2))
+    assert [o.kind for o in (SGD(layer), SGD(layer, form="caffe"), AdaGrad(layer))] == ["SGD plain", "SGD caffe", "AdaGrad"]

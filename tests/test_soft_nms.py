@@ -255,3 +255,8 @@ def test_size_does_not_matter(backend, method, boxes, seed):
     for scale in (1 / 64, 64):
         for a, b in zip(run(backend, boxes * scale, scores, method), expected):
             assert_array_equal(a, b)
+
+
+def test_areas_that_the_dtype_does_not_hold_are_refused():
+    with pytest.raises(ValueError, match=r"^soft_nms\.soft_nms: boxes must have areas that float64 holds, got a box of 1e\+160"):
+        soft_nms(np.array([[0, 0, 1e160, 1e160]]), np.ones(1))

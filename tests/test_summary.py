@@ -67,3 +67,17 @@ def test_a_single_layer_and_an_empty_net():
     assert summary(Linear(2, 3, rng=rng()), (4, 2)).multiply_adds == 24
     with pytest.raises(ValueError, match=r"^summary\.summary: net must hold a layer, got none"):
         summary(Sequential(), (1, 2))
+
+
+def test_shapes_stand_for_zeros_of_the_nets_dtype_also_in_lists():
+    net = Shared(Conv2D(2, 3, 1, rng=rng(), dtype=np.float64))
+    assert summary(net, [(1, 4, 4, 2), (1, 2, 2, 2)]).multiply_adds == (16 + 4) * 6
+    assert summary(net.parts["layer"], (1, 4, 4, 2)).multiply_adds == 16 * 6
+
+
+def test_one_object_in_two_places_is_counted_once_and_a_forward_of_its_own_stays():
+    relu = ReLU()
+    own = relu.forward = lambda x, train=False, rng=None: ReLU.forward(relu, x)
+    found = summary(Sequential(relu, Conv2D(2, 2, 1, rng=rng()), relu), (1, 4, 4, 2))
+    assert [(row.name, row.runs) for row in found.rows] == [("0", 2), ("1", 1)]
+    assert relu.forward is own

@@ -11,7 +11,7 @@ import pytest
 
 from tinydet import train, use
 from tinydet.layers import BatchNorm, Conv2D, Dropout, ReLU, Sequential
-from tinydet.optim import SGD, cosine_schedule
+from tinydet.optim import SGD, AdaGrad, cosine_schedule
 from tinydet.files import read_arrays, write, write_arrays
 from tinydet.train import Run, fit
 
@@ -163,7 +163,7 @@ def test_a_run_interrupted_while_it_writes_its_checkpoint(uninterrupted, tmp_pat
     with pytest.raises(KeyboardInterrupt):
         train_in(tmp_path)
     monkeypatch.undo()
-    assert read_arrays(tmp_path / "checkpoint.npz")[1] == {"steps": 5}
+    assert read_arrays(tmp_path / "checkpoint.npz")[1] == {"steps": 5, "optimizer": "SGD plain"}
     assert_same(train_in(tmp_path, resume=True), uninterrupted)
 
 
@@ -205,8 +205,17 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_checkpoint(uninterr
         net, optimizer, schedule, step = parts(12)
         with pytest.raises(FloatingPointError, match=rf"^train\.fit: the loss must be finite, got {bad} at step 7: lower the"):
             fit(Run(tmp_path, SETTINGS), net, optimizer, schedule, 12, lambda i: step(i) | ({"loss": bad} if i == 7 else {}), 5)
-    assert read_arrays(tmp_path / "checkpoint.npz")[1] == {"steps": 5}
+    assert read_arrays(tmp_path / "checkpoint.npz")[1] == {"steps": 5, "optimizer": "SGD plain"}
     assert_same(train_in(tmp_path, resume=True), uninterrupted)
+
+
+@pytest.mark.parametrize("other", [lambda net: SGD(net, form="caffe"), AdaGrad])
+def test_a_checkpoint_of_another_optimiser_is_refused(tmp_path, other):
+    """The state has the same names and shapes, and another meaning."""
+    run, (net, optimizer, _, _) = Run(tmp_path, {}), parts(12)
+    run.checkpoint(3, net, optimizer)
+    with pytest.raises(ValueError, match=r"^train\.Run: .*checkpoint\.npz must hold the state of (SGD caffe|AdaGrad), got that of SGD plain"):
+        run.restore(net, other(net))
 
 
 def test_a_checkpoint_of_another_net_is_refused(tmp_path):
@@ -262,4 +271,4 @@ def test_a_run_whose_net_overflows_keeps_its_last_checkpoint(tmp_path):
     with pytest.raises(FloatingPointError, match=r"^train\.fit: the net must stay finite, got NaN or infinity in w at step 3"):
         fit(Run(tmp_path, {}), layer, optimizer, lambda i: 0.1, 6, step, every=2)
     arrays, meta = read_arrays(tmp_path / "checkpoint.npz")
-    assert meta == {"steps": 2} and arrays["net/w"][0] == 1
+    assert meta == {"steps": 2, "optimizer": "SGD plain"} and arrays["net/w"][0] == 1

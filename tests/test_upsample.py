@@ -88,6 +88,8 @@ def test_empty_and_one_element(backend):
     (dict(size=[6, 5]), ValueError, r"size must be \(6, 4\) or up to 1 less in each, got \(6, 5\)"),
     (dict(size=(4, 4)), ValueError, r"size must be \(6, 4\) or up to 1 less in each, got \(4, 4\)"),
     (dict(size=(9, 3), factor=3), ValueError, r"size must be \(9, 6\) or up to 2 less in each, got \(9, 3\)"),
+    (dict(size=(3.5, 4)), TypeError, "size must be an integer, got 3.5"),
+    (dict(size=(-1, 4)), ValueError, "size must be at least 0, got -1"),
     (dict(size=5), ValueError, r"size must be \(6, 4\) or up to 1 less in each, got \(5,\)"),
     (dict(size=(6, 4, 1)), ValueError, r"size must be \(6, 4\) or up to 1 less in each, got \(6, 4, 1\)"),
 ])

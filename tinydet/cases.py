@@ -246,6 +246,32 @@ def _clip_norm(rng):
     return [(optim.clip_norm(grads, 0.5), norm), *zip(grads.values(), expected)]
 
 
+def _clip_value(rng):
+    grads = {"a": rng.standard_normal((3, 2)), "b": rng.standard_normal(4)}
+    expected = [np.array([min(max(float(v), -0.5), 0.5) for v in g.ravel()]).reshape(g.shape) for g in grads.values()]
+    optim.clip_value(grads, 0.5)
+    return list(zip(grads.values(), expected))
+
+
+def _schedules(rng):
+    """Both schedules at 40 times, by the formulas of their docstrings."""
+    at, factor, warmup = sorted(rng.integers(0, 30, 3).tolist()), float(rng.random()), int(rng.integers(1, 9))
+    step, cosine = optim.step_schedule(0.1, at, factor), optim.cosine_schedule(0.1, 30, warmup)
+    risen = [0.1 * (t + 1) / warmup if t < warmup else 0.05 * (1 + np.cos(np.pi * min(t - warmup, 30 - warmup) / (30 - warmup))) for t in range(40)]
+    return [(np.array([step(t) for t in range(40)]), np.array([0.1 * factor ** len([a for a in at if a <= t]) for t in range(40)])),
+            (np.array([cosine(t) for t in range(40)]), np.array(risen))]
+
+
+def _running_averages(rng):
+    """run = 0.9 run + 0.1 batch, over three batches; the variance counts m - 1."""
+    layer, mean, var = _norm(), np.zeros(2), np.ones(2)
+    for _ in range(3):
+        x = rng.standard_normal((2, 3, 4, 2))
+        layer.forward(x, train=True)
+        mean, var = 0.9 * mean + 0.1 * x.mean((0, 1, 2)), 0.9 * var + 0.1 * x.var((0, 1, 2), ddof=1)
+    return [(layer.state["mean"], mean), (layer.state["var"], var)]
+
+
 CASES = [
     Case("conv", "stride, padding on each side, dilation", "gradient", _conv, 1e-5),
     Case("linear", "", "gradient", lambda rng: (linear.forward, linear.backward, [rng.standard_normal(s) for s in ((4, 3), (3, 2), 2)]), 1e-5),
@@ -276,10 +302,13 @@ CASES = [
     Case("box_loss", "smooth_l1, beta 1", "loss", _box_loss(box_loss.smooth_l1), 1e-5),
     Case("box_loss", "smooth_l1, beta 0", "loss", _box_loss(box_loss.smooth_l1, beta=0), 1e-5),
     *(Case(name, "in training", "gradient", _layer(name)) for name in LAYERS),
+    Case("BatchNorm", "running averages", "definition", _running_averages),
     Case("SGD", "plain form", "definition", _optimiser(lambda net: optim.SGD(net, 0.9, 0.1), _plain)),
     Case("SGD", "Caffe form", "definition", _optimiser(lambda net: optim.SGD(net, 0.9, 0.1, form="caffe"), _caffe)),
     Case("AdaGrad", "", "definition", _optimiser(lambda net: optim.AdaGrad(net, weight_decay=0.1), _adagrad)),
     Case("clip_norm", "", "definition", _clip_norm),
+    Case("clip_value", "", "definition", _clip_value),
+    Case("schedules", "step_schedule, cosine_schedule", "definition", _schedules),
     *(Case(op, what, "no gradient", None, why=f"tests/test_{op}.py compares it with its definition") for op, what in (
         ("boxes", "targets are constants of training"), ("nms", "a choice of boxes"),
         ("soft_nms", "a choice of boxes and their scores"), ("box_voting", "applied to detections only"),

@@ -51,13 +51,38 @@ def whole(op, minimum, **values):
             raise ValueError(f"{op}: {name} must be at least {minimum}, got {v}")
 
 
+def small(op, minimum, **values):
+    """As whole, and at most 2^31 - 1: sizes, strides and the like, which kernels count in 32 bits."""
+    whole(op, minimum, **values)
+    for name, v in values.items():
+        if v >= 2**31:
+            raise ValueError(f"{op}: {name} must be below 2^31, got {v}")
+
+
+def gradient(op, shape, dtype, dy):
+    """Raise unless dy is the gradient of a result of that shape and dtype."""
+    float_array(op, "dy", dy)
+    same_shape(op, shape, dy=dy)
+    if dy.dtype != dtype:
+        raise TypeError(f"{op}: dy must be {dtype}, as the result was, got {dy.dtype}")
+
+
+def areas(op, **boxes):
+    """Raise ValueError where the area of a box, four times over, leaves its dtype: overlaps could not be told."""
+    for name, b in boxes.items():
+        sides = abs(b[:, 2:] / 2 - b[:, :2] / 2)
+        most = array_module(b).finfo(b.dtype).max / 16
+        if bool((sides[:, 0] > most / array_module(b).maximum(sides[:, 1], 1)).any()):
+            raise ValueError(f"{op}: {name} must have areas that {b.dtype} holds, got a box of {2 * float(sides.max()):g} pixels")
+
+
 def padding(op, pad):
     """pad as (top, bottom, left, right): a number stands for all four. Raises TypeError or ValueError unless all are integers >= 0."""
     sides = tuple(pad) if isinstance(pad, (tuple, list)) else (pad,) * 4
     if len(sides) != 4:
         raise ValueError(f"{op}: pad must be a number or (top, bottom, left, right), got {pad!r}")
     for side in sides:
-        whole(op, 0, pad=side)
+        small(op, 0, pad=side)
     return tuple(int(side) for side in sides)
 
 

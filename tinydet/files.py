@@ -2,6 +2,7 @@
 import contextlib
 import json
 import os
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,8 @@ def whole(path):
     """Yield the path of a file beside `path` to write to. If the block ends well it is forced to disk and moved into place,
     else it is deleted and `path` stays as it was."""
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"files.whole: the folder of {path} must exist")
     part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")       # two processes never share one
     try:
         yield part
@@ -50,8 +53,9 @@ def write_arrays(path, arrays, meta):
     """
     arrays = {name: np.asarray(a) for name, a in arrays.items()}
     for name, a in arrays.items():
-        if not (isinstance(name, str) and name.isprintable() and name) or name in RESERVED or name.endswith(".npy"):
-            raise ValueError(f"files.write_arrays: a name must be printable text, not {', '.join(RESERVED)} or *.npy, got {name!r}")
+        if not (isinstance(name, str) and name.isprintable() and 0 < len(name) < 5000) or name in RESERVED or name.endswith(".npy"):
+            raise ValueError("files.write_arrays: a name must be printable text of less than 5000 letters, not "
+                             f"{', '.join(RESERVED)} or *.npy, got {str(name)[:100]!r}")
         if a.dtype.kind not in "biufc":
             raise TypeError(f"files.write_arrays: {name} must hold numbers or booleans, got dtype {a.dtype}")
     listed = {name: {"dtype": a.dtype.name, "shape": a.shape} for name, a in arrays.items()}
@@ -66,6 +70,8 @@ def read_arrays(path):
     Raises FileNotFoundError, or ValueError naming the file and all in which the arrays differ from its list.
     """
     try:
+        if not zipfile.is_zipfile(path) and Path(path).exists():
+            raise ValueError("a file that is no .npz archive")
         with open(path, "rb") as f, np.load(f, allow_pickle=False) as file:
             entry = json.loads(str(file["meta"]))
             if not isinstance(entry, dict) or entry.get("format") != FORMAT:

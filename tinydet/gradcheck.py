@@ -1,69 +1,26 @@
 """Hand-written gradients against central differences: every element of small inputs, in float64."""
+from pathlib import Path
+
 import numpy as np
 
 from tinydet.backend import to_numpy
 
 
 def check_grad(forward, backward, inputs, put=np.asarray, dy=None, eps=1e-5, bound=1e-6, seed=0):
-    """Compare backward with central differences of L = sum y * dy, element by element (style: tests of every op).
+    """Compare backward with central differences of L = sum y * dy, element by element.
 
     numerical[i] = sum dy * (y(x + eps at i) - y(x - eps at i)) / (2 * eps)
     forward(*inputs) returns y and cache, then anything (batch statistics, say), which is ignored; backward(dy, cache)
-    returns one gradient, or a tuple or list with one for each input in order. y: an array, or a list of arrays of a net with
-    several outputs; backward then gets dy as such a list. inputs: list of finite float64 arrays, kept away from kinks by more
-    than eps; `put` moves them to the backend. dy: the shape of y, None draws signed numbers from seed (all-ones would hide
-    errors that cancel). Returns the worst relative error, max|a - n| / max(1, max|n|) of an input.
+    returns one gradient, or a tuple or list with one for each input in order. y: an array, or a list of arrays (or of lists) of a
+    net with several outputs; backward then gets dy as such a list. inputs: list of finite float64 arrays, kept away
+    from kinks by more than eps; `put` moves them to the backend. dy: the shape of y, None draws signed numbers from seed
+    (all-ones would hide errors that cancel). Returns the worst relative error, max|a - n| / max(1, max|n|) of an input.
+    Then backward runs again, on the same cache, after all those forwards: the same dy must give the same gradient, -dy its negative.
     Raises AssertionError naming the input, the index and both values where the error exceeds bound, also for a gradient
-    of the wrong number, shape or dtype or that is not finite, and where forward or backward changed its arguments.
-    TypeError or ValueError where the inputs or dy themselves are unfit.
+    of the wrong number, shape or dtype or that is not finite, where forward or backward changed its arguments, or where a cache
+    was changed by a backward or a later forward. TypeError or ValueError where the inputs or dy themselves are unfit.
     """
-    op = "gradcheck.check_grad"
-    for k, x in enumerate(inputs):
-        _require_float64(f"{op}: input {k}", x)
-    xs = [np.array(to_numpy(x)) for x in inputs]                        # copies: nobody else holds these
-
-    given = [put(x.copy()) for x in xs]
-    y, cache = forward(*given)[:2]
-    _unchanged("forward", given, xs)
-    several = isinstance(y, (list, tuple))
-    ys = list(y) if several else [y]
-    for k, a in enumerate(ys):
-        _expect(f"{op}: y{f'[{k}]' if several else ''}", a, None)
-    if dy is None:
-        rng = np.random.default_rng(seed)
-        dys = [rng.standard_normal(a.shape) for a in ys]
-    else:
-        dys = list(dy) if several else [dy]
-        if len(dys) != len(ys):
-            raise ValueError(f"{op}: dy must hold an array for each of {len(ys)} outputs, got {len(dys)}")
-    for d, a in zip(dys, ys):
-        _require_float64(f"{op}: dy", d)
-        if d.shape != a.shape:
-            raise ValueError(f"{op}: dy must have the shape of y {a.shape}, got {d.shape}")
-    dys = [np.array(to_numpy(d)) for d in dys]
-    given_dys = [put(d.copy()) for d in dys]
-    grads = backward(given_dys if several else given_dys[0], cache)
-    _unchanged("backward", [*given, *given_dys], [*xs, *dys], len(xs))
-    grads = list(grads) if isinstance(grads, (tuple, list)) else [grads]
-    if len(grads) != len(xs):
-        raise AssertionError(f"{op}: backward must return one gradient for each of {len(xs)} inputs, got {len(grads)}")
-
-    worst = 0.0
-    for k, (x, a) in enumerate(zip(xs, grads)):
-        _expect(f"{op}: gradient of input {k}", a, x.shape)
-        a, n = to_numpy(a), np.empty(x.shape)
-        for i in np.ndindex(x.shape):
-            high, low = (_nudged(forward, xs, k, i, step, put, several) for step in (eps, -eps))
-            n[i] = sum(((h - l) * d).sum() for h, l, d in zip(high, low, dys)) / (2 * eps)
-        if not x.size:
-            continue
-        i = tuple(int(j) for j in np.unravel_index(np.abs(a - n).argmax(), x.shape))
-        error = float(abs(a[i] - n[i]) / max(1, np.abs(n).max()))
-        if not error <= bound:
-            raise AssertionError(f"{op}: gradient of input {k} at {i} must be {n[i]:.9g} (central difference), "
-                                 f"got {a[i]:.9g} from backward; relative error {error:.3g}, bound {bound:.3g}")
-        worst = max(worst, error)
-    return worst
+    return _check(forward, backward, inputs, put, dy, eps, bound, seed, linear=True)
 
 
 def check_loss(loss, inputs, put=np.asarray, eps=1e-5, bound=1e-6):
@@ -75,15 +32,83 @@ def check_loss(loss, inputs, put=np.asarray, eps=1e-5, bound=1e-6):
     def forward(*inputs):
         value, *grads = loss(*inputs)
         return np.asarray(value), grads
-    return check_grad(forward, lambda dy, grads: grads, inputs, put, np.ones(()), eps, bound)
+    return _check(forward, lambda dy, grads: grads, inputs, put, np.ones(()), eps, bound, 0, linear=False)
 
 
-def _nudged(forward, xs, k, i, step, put, several):
-    """The outputs with element i of input k moved by step, as a list."""
+def _check(forward, backward, inputs, put, dy, eps, bound, seed, linear):
+    """linear: whether the gradient must follow the sign of dy; a loss gives it for dy = 1 only."""
+    op = "gradcheck.check_grad"
+    for k, x in enumerate(inputs):
+        _require_float64(f"{op}: input {k}", x)
+    xs = [np.array(to_numpy(x)) for x in inputs]                        # copies: nobody else holds these
+
+    given = [put(x.copy()) for x in xs]
+    y, cache = forward(*given)[:2]
+    _unchanged("forward", given, xs)
+    ys = _flat(y)
+    for k, a in enumerate(ys):
+        _expect(f"{op}: y{f'[{k}]' if isinstance(y, (list, tuple)) else ''}", a, None)
+    if dy is None:
+        rng = np.random.default_rng(seed)
+        dys = [rng.standard_normal(a.shape) for a in ys]
+    else:
+        dys = _flat(dy)
+        if len(dys) != len(ys):
+            raise ValueError(f"{op}: dy must hold an array for each of {len(ys)} outputs, got {len(dys)}")
+    for d, a in zip(dys, ys):
+        _require_float64(f"{op}: dy", d)
+        if d.shape != a.shape:
+            raise ValueError(f"{op}: dy must have the shape of y {a.shape}, got {d.shape}")
+    dys = [np.array(to_numpy(d)) for d in dys]
+
+    def gradients(sign=1):
+        given_dys = [put(sign * d) for d in dys]
+        found = backward(_like(y, iter(given_dys)), cache)
+        _unchanged("backward", [*given, *given_dys], [*xs, *(sign * d for d in dys)], len(xs))
+        found = list(found) if isinstance(found, (tuple, list)) else [found]
+        if len(found) != len(xs):
+            raise AssertionError(f"{op}: backward must return one gradient for each of {len(xs)} inputs, got {len(found)}")
+        for k, (a, x) in enumerate(zip(found, xs)):
+            _expect(f"{op}: gradient of input {k}", a, x.shape)
+        return [np.array(to_numpy(a)) for a in found]
+
+    grads, worst = gradients(), 0.0
+    for k, (x, a) in enumerate(zip(xs, grads)):
+        n = np.empty(x.shape)
+        for i in np.ndindex(x.shape):
+            high, low = (_nudged(forward, xs, k, i, step, put) for step in (eps, -eps))
+            n[i] = sum(((h - l) * d).sum() for h, l, d in zip(high, low, dys)) / (2 * eps)
+        if not x.size:
+            continue
+        i = tuple(int(j) for j in np.unravel_index(np.abs(a - n).argmax(), x.shape))
+        error = float(abs(a[i] - n[i]) / max(1, np.abs(n).max()))
+        if not error <= bound:
+            raise AssertionError(f"{op}: gradient of input {k} at {i} must be {n[i]:.9g} (central difference), "
+                                 f"got {a[i]:.9g} from backward; relative error {error:.3g}, bound {bound:.3g}")
+        worst = max(worst, error)
+    for sign in (1, -1) if linear else (1,):
+        for k, (first, again) in enumerate(zip(grads, gradients(sign))):
+            if np.abs(first - sign * again).max(initial=0) > 1e-9 * max(1, np.abs(first).max(initial=0)):
+                raise AssertionError(f"{op}: backward must give the same gradient of input {k} again, and its negative for -dy, whatever ran in "
+                                     f"between; for {'-' * (sign < 0)}dy it does not: it, or a later forward, changed the cache, or it ignores dy")
+    return worst
+
+
+def _flat(y):
+    """The arrays of y, an array or a list (or tuple) of such, in order."""
+    return [a for part in y for a in _flat(part)] if isinstance(y, (list, tuple)) else [y]
+
+
+def _like(y, arrays):
+    """The next arrays of an iterator, in lists as y has them."""
+    return [_like(part, arrays) for part in y] if isinstance(y, (list, tuple)) else next(arrays)
+
+
+def _nudged(forward, xs, k, i, step, put):
+    """The outputs with element i of input k moved by step, as a flat list."""
     moved = [x.copy() for x in xs]
     moved[k][i] += step
-    y = forward(*(put(x) for x in moved))[0]
-    return [to_numpy(a) for a in (y if several else [y])]
+    return [to_numpy(a) for a in _flat(forward(*(put(x) for x in moved))[0])]
 
 
 def _require_float64(name, x):
@@ -174,12 +199,14 @@ def main(arguments=None):
     from tinydet.cases import CASES
 
     parser = argparse.ArgumentParser(prog="python -m tinydet.gradcheck", description=(
-        "Compare every hand-written gradient with central differences (float64), float32 results with float64 ones, and updates that are "
-        "no derivative with their definition. Exit status 1 if anything fails."))
+        "Compare every hand-written gradient with central differences (float64), float32 results of ops and losses with float64 ones, and "
+        "updates that are no derivative with their definition. Exit status 1 if anything fails."))
     parser.add_argument("--backend", choices=BACKENDS, help="this one only; default: every backend of this machine")
     parser.add_argument("--op", metavar="NAME", choices=sorted({c.op for c in CASES}), help="this op, layer or optimiser only")
     parser.add_argument("--json", metavar="OUT", help="write the rows to this file too")
     args = parser.parse_args(arguments)
+    if args.json and not Path(args.json).resolve().parent.is_dir():
+        parser.error(f"the folder of --json {args.json} must exist")
 
     rows, line = [], "{:<15} {:<40} {:<11} {:<6} {:<8} {:>9} {:>8}  {}"
     print(line.format("op", "case", "kind", "on", "dtype", "error", "bound", "verdict"))

@@ -1,8 +1,10 @@
 """Layers: thin classes that hold parameters around the ops, and how they compose. The caller holds the cache."""
 import copy
+from types import MappingProxyType
 
 import numpy as np
 
+from tinydet import checks
 from tinydet.files import fitting
 from tinydet.ops import (add, batch_norm, concat, conv, dropout, global_max_pool, linear, lrn, max_pool, offset_pool, relu,
                          upsample)
@@ -40,7 +42,7 @@ class Layer:
         return {**self.params, **self.state}
 
     def freeze(self, frozen=True):
-        """Freeze the parameters, or let them train again (frozen=False). Returns the layer."""
+        """Freeze the parameters, or let them train again (frozen=False: also a BatchNorm made frozen). Returns the layer."""
         self.frozen = frozen
         return self
 
@@ -63,6 +65,7 @@ class Conv2D(Layer):
     """
 
     def __init__(self, Cin, Cout, size, stride=1, pad=0, dilation=1, *, rng, std=None, input_grad=True, dtype=np.float32):
+        checks.small("layers.Conv2D", 1, Cin=Cin, Cout=Cout, size=size, stride=stride, dilation=dilation)
         std = np.sqrt(2 / (size * size * Cin)) if std is None else std
         super().__init__(w=(rng.standard_normal((size, size, Cin, Cout)) * std).astype(dtype), b=np.zeros(Cout, dtype))
         self.stride, self.pad, self.dilation, self.input_grad = stride, pad, dilation, input_grad
@@ -88,6 +91,7 @@ class Linear(Layer):
     """Fully connected layer (ops.linear), Cin -> Cout. Weights by He's rule N(0, 2/Cin), or N(0, std^2); bias 0."""
 
     def __init__(self, Cin, Cout, *, rng, std=None, dtype=np.float32):
+        checks.small("layers.Linear", 1, Cin=Cin, Cout=Cout)
         std = np.sqrt(2 / Cin) if std is None else std
         super().__init__(w=(rng.standard_normal((Cin, Cout)) * std).astype(dtype), b=np.zeros(Cout, dtype))
 
@@ -162,6 +166,9 @@ class LRN(Layer):
         super().__init__()
         self.options = size, alpha, beta, k, divide_by_n
 
+    def __repr__(self):
+        return "LRN {} channels, alpha {}, beta {}, k {}".format(*self.options) + ", alpha undivided" * (not self.options[4])
+
     def forward(self, x, train=False, rng=None):
         return lrn.forward(x, *self.options)
 
@@ -177,7 +184,7 @@ class MaxPool(Layer):
         self.size, self.stride, self.pad, self.ceil = size, stride, pad, ceil
 
     def __repr__(self):
-        return f"MaxPool {self.size}/{self.stride or self.size}" + ", ceil" * self.ceil
+        return f"MaxPool {self.size}/{self.stride or self.size}" + (f", pad {self.pad}" if self.pad else "") + ", ceil" * self.ceil
 
     def forward(self, x, train=False, rng=None):
         return max_pool.forward(x, self.size, self.stride, self.pad, self.ceil)
@@ -217,6 +224,9 @@ class Upsample(Layer):
         super().__init__()
         self.factor = factor
 
+    def __repr__(self):
+        return f"Upsample x{self.factor}"
+
     def forward(self, x, train=False, rng=None):
         return upsample.forward(x, self.factor)
 
@@ -229,6 +239,8 @@ class Dropout(Layer):
 
     def __init__(self, p=0.5, by_map=False, inverted=True):
         super().__init__()
+        if not 0 <= p < 1:
+            raise ValueError(f"layers.Dropout: p must lie in [0, 1), got {p}")
         self.p, self.by_map, self.inverted = p, by_map, inverted
 
     def __repr__(self):
@@ -274,13 +286,14 @@ class Composite(Layer):
         return found
 
     def _collect(self, attribute):
-        return {f"{part}.{k}": v for part, layer in self.parts.items() for k, v in getattr(layer, attribute).items()}
+        """Read only: a new array would not reach the part. Change arrays in place, or the dict of the part itself."""
+        return MappingProxyType({f"{part}.{k}": v for part, layer in self.parts.items() for k, v in getattr(layer, attribute).items()})
 
     params = property(lambda self: self._collect("params"))
     grads = property(lambda self: self._collect("grads"))
     state = property(lambda self: self._collect("state"))
     trained = property(lambda self: self._collect("trained"))
-    frozen = property(lambda self: all(layer.frozen for layer in self.parts.values()))
+    frozen = property(lambda self: all(layer.frozen for layer in self.parts.values() if layer.params))
 
     def freeze(self, frozen=True):
         for layer in self.parts.values():
@@ -424,7 +437,9 @@ class Concat(Fork):
 
 
 def _sum(a, b):
-    """a + b, where None stands for no gradient."""
+    """a + b, where None stands for no gradient; of two lists, as a part that takes a list sends back, the list of the sums."""
+    if isinstance(a, list) and isinstance(b, list):
+        return [_sum(x, y) for x, y in zip(a, b, strict=True)]
     return b if a is None else a if b is None else a + b
 
 
@@ -436,9 +451,10 @@ def _same_number(op, name, given, cache):
 # What is done with a whole net
 
 def fold(layer):
-    """A copy of the net in which every BatchNorm right behind a Conv2D or Linear of a Sequential is folded into it (batch_norm.fold).
+    """A copy of the net in which every BatchNorm right behind a Conv2D of a Sequential is folded into it (batch_norm.fold).
 
     It answers as the net does at test time, up to rounding, and faster; names of the other parts stay. The net itself stays as it is.
+    A Composite of your own must reach its parts through self.parts: an attribute of its own would still hold the unfolded layer.
     """
     layer = copy.copy(layer)
     if not isinstance(layer, Composite):
@@ -448,7 +464,7 @@ def fold(layer):
         return layer
     parts, before = {}, None                                            # before: the copy of the layer that x has just left
     for name, part in layer.parts.items():
-        if type(layer) is Sequential and isinstance(part, BatchNorm) and isinstance(before, (Conv2D, Linear)):
+        if type(layer) is Sequential and type(part) is BatchNorm and type(before) is Conv2D:
             p, arrays = before.params, part.arrays()
             p["w"], p["b"] = batch_norm.fold(p["w"], p["b"], *(arrays[k] for k in ("gamma", "beta", "mean", "var")), part.eps)
         else:

@@ -45,10 +45,12 @@ class Optimizer:
         grads = {name: self.layer.grads[name] for name in trained}
         if self.clip is not None:
             clip_norm(grads, self.clip)
-        _refuse(op, grads, self._unusable)
+        for name, g in grads.items():
+            decay = self._decay(trained[name])
+            if wrong := self._unusable(trained[name], g, self.state[name], decay):
+                raise FloatingPointError(f"{op}: the gradient of {name} is {wrong}: lower the learning rate or check the data")
         for name, w in trained.items():
-            decay = self.weight_decay if w.ndim > 1 or self.decay_all else 0
-            self._update(w, grads[name], self.state[name], float(lr * self.rates[name]), decay)
+            self._update(w, grads[name], self.state[name], float(lr * self.rates[name]), self._decay(w))
         for g in self.layer.grads.values():
             g[...] = 0
 
@@ -60,9 +62,17 @@ class Optimizer:
         """The state of parameter w before the first step."""
         return np.zeros_like(w)
 
-    def _unusable(self, g):
-        """What is wrong with the gradient g, or None."""
+    def _decay(self, w):
+        return self.weight_decay if w.ndim > 1 or self.decay_all else 0
+
+    def _unusable(self, w, g, state, decay):
+        """What is wrong with the gradient g of parameter w, or None."""
         return _not_finite(g)
+
+    @property
+    def kind(self):
+        """What the state means: a checkpoint of one kind is no use to another."""
+        return type(self).__name__
 
     def _update(self, w, g, state, lr, decay):
         """One step of parameter w and its state, in place."""
@@ -84,6 +94,8 @@ class SGD(Optimizer):
         self._check(f"form must be one of {', '.join(FORMS)}", form, form in FORMS)
         self.momentum, self.form = momentum, form
 
+    kind = property(lambda self: f"SGD {self.form}")
+
     def _update(self, w, g, v, lr, decay):
         v *= self.momentum
         if self.form == "caffe":
@@ -102,7 +114,7 @@ class AdaGrad(Optimizer):
     d = g + weight_decay * w;  m = m + d^2;  w = w - lr * d / sqrt(m)
     m starts at `initial`, 1e-10 in the authors' code, and counts the present gradient: the first step is lr * sign(d) unless d is
     tiny. That code decays weights and biases alike (5e-4): hence decay_all. `state` holds m; initial lies in [1e-30, 1e30].
-    Options and errors: see Optimizer. A gradient whose square overflows is refused like one that is not finite: m would stay
+    Options and errors: see Optimizer. Where m would overflow, the gradient is refused like one that is not finite: m would stay
     infinite and the parameter stand still.
     """
 
@@ -114,9 +126,9 @@ class AdaGrad(Optimizer):
     def _start(self, w):
         return np.full_like(w, self.initial)
 
-    def _unusable(self, g):
-        with np.errstate(over="ignore"):
-            return _not_finite(g) or (None if np.isfinite(g * g).all() else "too large to square")
+    def _unusable(self, w, g, m, decay):
+        with np.errstate(over="ignore", invalid="ignore"):
+            return _not_finite(g) or (None if np.isfinite(m + (g + decay * w) ** 2).all() else "too large to square and add up")
 
     def _update(self, w, g, m, lr, decay):
         d = g + decay * w
@@ -133,7 +145,7 @@ def clip_norm(grads, limit):
     FloatingPointError naming a gradient that is not finite; nothing is scaled then.
     """
     _positive("optim.clip_norm", limit)
-    _refuse("optim.clip_norm", grads, _not_finite)
+    _refuse("optim.clip_norm", grads)
     largest = max((float(np.abs(g).max(initial=0)) for g in grads.values()), default=0.0)
     if largest == 0:
         return 0.0
@@ -147,7 +159,7 @@ def clip_norm(grads, limit):
 def clip_value(grads, limit):
     """Cut every element of the gradients at -limit and limit, in place. Arguments and errors as in clip_norm."""
     _positive("optim.clip_value", limit)
-    _refuse("optim.clip_value", grads, _not_finite)
+    _refuse("optim.clip_value", grads)
     for g in grads.values():
         bound = min(limit, float(np.finfo(g.dtype).max))
         g.clip(-bound, bound, out=g)
@@ -162,9 +174,11 @@ def _not_finite(g):
     return None if np.isfinite(g).all() else "not finite"
 
 
-def _refuse(op, grads, unusable):
+def _refuse(op, grads):
     for name, g in grads.items():
-        if wrong := unusable(g):
+        if g.dtype.kind != "f":
+            raise TypeError(f"{op}: the gradient of {name} must be a float array, got {g.dtype}")
+        if wrong := _not_finite(g):
             raise FloatingPointError(f"{op}: the gradient of {name} is {wrong}: lower the learning rate or check the data")
 
 

@@ -52,16 +52,20 @@ class Summary:
 def summary(net, *inputs):
     """Run net.forward once, at test time, and tell what each layer did.
 
-    inputs: what forward takes: arrays, or shapes such as (1, 224, 224, 3), which stand for zeros of the net's dtype.
+    inputs: what forward takes: arrays, or shapes such as (1, 224, 224, 3), which stand for zeros of the net's dtype, or lists of them.
     Multiply-adds count the products of convolutions and linear layers, for the inputs given (batch included), a shared layer
-    as often as it runs. Layers that did not run are listed as such. Returns a Summary; print it.
-    The net is left as it was. Raises ValueError for a net without layers.
+    as often as it runs. Layers that did not run are listed as such; one object in two places stands under its first name.
+    Returns a Summary; print it. The net is left as it was. Raises ValueError for a net without layers.
     """
-    leaves = net.leaves() if isinstance(net, Composite) else {"": net}
+    leaves = {}
+    for name, layer in (net.leaves() if isinstance(net, Composite) else {"": net}).items():
+        if all(layer is not other for other in leaves.values()):
+            leaves[name] = layer
     if not leaves:
         raise ValueError("summary.summary: net must hold a layer, got none")
     dtype = next((p.dtype for p in net.params.values()), np.dtype(np.float32))
     found = {name: [(), 0, 0] for name in leaves}                       # output, runs, multiply-adds
+    own = {name: layer.__dict__.get("forward") for name, layer in leaves.items()}
 
     def watch(name, layer):
         forward = layer.forward
@@ -72,12 +76,17 @@ def summary(net, *inputs):
             return y, cache
         layer.forward = watched                                         # on the object: its class stays as it is
 
+    def given(x):
+        return [given(v) for v in x] if isinstance(x, list) else np.zeros(x, dtype) if isinstance(x, tuple) else x
+
     try:
         for name, layer in leaves.items():
             watch(name, layer)
-        net.forward(*(np.zeros(x, dtype) if isinstance(x, tuple) else x for x in inputs))
+        net.forward(*map(given, inputs))
     finally:
-        for layer in leaves.values():
+        for name, layer in leaves.items():
             layer.__dict__.pop("forward", None)
+            if own[name] is not None:
+                layer.forward = own[name]
     return Summary([Row(name, repr(layer), found[name][0], sum(p.size for p in layer.params.values()),
                         sum(p.size for p in layer.trained.values()), *found[name][1:]) for name, layer in leaves.items()])

@@ -98,7 +98,7 @@ class Run:
     def checkpoint(self, steps, net, optimizer):
         """Keep all that training needs to go on: the net's arrays, the optimiser's, the number of steps done."""
         arrays = {**{f"net/{k}": v for k, v in net.arrays().items()}, **{f"optimizer/{k}": v for k, v in optimizer.state.items()}}
-        write_arrays(self.folder / "checkpoint.npz", arrays, {"steps": steps})
+        write_arrays(self.folder / "checkpoint.npz", arrays, {"steps": steps, "optimizer": optimizer.kind})
 
     def restore(self, net, optimizer):
         """Load the checkpoint, if there is one, into net and optimizer. Returns the number of steps done.
@@ -112,6 +112,8 @@ class Run:
         steps = meta.get("steps") if isinstance(meta, dict) else None
         if type(steps) is not int or steps < 0:
             raise ValueError(f"train.Run: {path} must say how many steps were done, an integer >= 0, got {str(meta)[:80]}")
+        if meta.get("optimizer") != optimizer.kind:
+            raise ValueError(f"train.Run: {path} must hold the state of {optimizer.kind}, got that of {meta.get('optimizer')}")
         if foreign := [k for k in arrays if not k.startswith(("net/", "optimizer/"))]:
             raise ValueError(f"train.Run: {path} must hold arrays of net/ and optimizer/ only, got {foreign[0]}")
         both = SimpleNamespace(arrays=lambda: {**net.arrays(), **{f"optimizer/{k}": v for k, v in optimizer.state.items()}})

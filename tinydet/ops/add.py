@@ -10,11 +10,10 @@ def forward(a, b):
     checks.float_array("add.forward", "a", a)
     checks.same_shape("add.forward", a.shape, b=b)
     checks.same_dtype("add.forward", a=a, b=b)
-    return a + b, a.shape
+    return a + b, (a.shape, a.dtype)
 
 
 def backward(dy, cache):
     """da = db = dy: both are the array dy itself, not copies."""
-    checks.same_shape("add.backward", cache, dy=dy)
-    checks.float_array("add.backward", "dy", dy)
+    checks.gradient("add.backward", *cache, dy)
     return dy, dy

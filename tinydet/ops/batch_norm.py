@@ -19,7 +19,7 @@ def forward(x, gamma, beta, eps=1e-5):
     Returns y (N, H, W, C), cache, and (mean, var) of shape (C,) for the running averages.
     Raises ValueError for an empty batch, which has no mean, or shapes that do not fit; TypeError for other dtypes.
     """
-    _check("batch_norm.forward", x, gamma=gamma, beta=beta)
+    _check("batch_norm.forward", x, eps, gamma=gamma, beta=beta)
     if x.size == 0:
         raise ValueError(f"batch_norm.forward: x must hold at least one pixel, got {x.shape}")
     mean, var = pick(x, numpy=_moments_numpy, numba=_moments_numba)(x)
@@ -33,7 +33,7 @@ def forward_frozen(x, gamma, beta, mean, var, eps=1e-5):
     As forward, but mean and var (C,) are inputs and constants of the gradient, and an empty x is allowed.
     Returns y and cache.
     """
-    _check("batch_norm.forward_frozen", x, gamma=gamma, beta=beta, mean=mean, var=var)
+    _check("batch_norm.forward_frozen", x, eps, gamma=gamma, beta=beta, mean=mean, var=var)
     return _normalise(x, gamma, beta, mean, var, eps, training=False)
 
 
@@ -64,15 +64,24 @@ def fold(w, b, gamma, beta, mean, var, eps=1e-5):
     checks.float_array(op, "w", w)
     checks.same_dtype(op, w=w, b=b, gamma=gamma, beta=beta, mean=mean, var=var)
     checks.same_shape(op, w.shape[-1:], b=b, gamma=gamma, beta=beta, mean=mean, var=var)
+    _check_variance(op, eps, var)
     scale = gamma / array_module(w).sqrt(var + w.dtype.type(eps))
     return w * scale, (b - mean) * scale + beta
 
 
-def _check(op, x, **channel):
+def _check(op, x, eps, **channel):
     checks.float_array(op, "x", x, "(N, H, W, C)")
     checks.same_dtype(op, x=x, **channel)
     checks.same_shape(op, (x.shape[3],), **channel)
     checks.whole(op, 1, C=x.shape[3])
+    _check_variance(op, eps, channel.get("var"))
+
+
+def _check_variance(op, eps, var):
+    if not 0 <= eps < np.inf:
+        raise ValueError(f"{op}: eps must be finite and at least 0, got {eps}")
+    if var is not None and bool((var < 0).any()):
+        raise ValueError(f"{op}: var must be at least 0, got {float(var.min())}")
 
 
 def _normalise(x, gamma, beta, mean, var, eps, training):

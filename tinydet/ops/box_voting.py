@@ -25,6 +25,10 @@ def box_voting(kept_boxes, boxes, scores, threshold=0.5, kept_groups=None, group
     checks.float_array(op, "scores", scores, f"({len(boxes)},)")
     checks.same_dtype(op, kept_boxes=kept_boxes, boxes=boxes, scores=scores)
     checks.finite(op, kept_boxes=kept_boxes, boxes=boxes, scores=scores)
+    checks.areas(op, kept_boxes=kept_boxes, boxes=boxes)
+    largest = float(abs(boxes).max(initial=1.0))
+    if not float(scores.sum(dtype="float64")) < np.finfo(float).max / largest:
+        raise ValueError(f"{op}: scores must have a sum that times a coordinate stays finite, got scores up to {scores.max():g}")
     if (scores < 0).any():
         raise ValueError(f"{op}: scores must be at least 0, got {scores.min()}")
     if not 0 <= threshold <= 1:

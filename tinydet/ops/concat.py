@@ -24,14 +24,13 @@ def forward(xs, axis=-1):
     if any(x.ndim != ndim or other != others[0] for x, other in zip(xs, others)):
         raise ValueError(f"{op}: shapes must agree but on axis {axis}, got {', '.join(str(x.shape) for x in xs)}")
     y = array_module(xs[0]).concatenate(xs, axis)
-    return y, ([x.shape[axis] for x in xs], axis, y.shape)
+    return y, ([x.shape[axis] for x in xs], axis, y.shape, y.dtype)
 
 
 def backward(dy, cache):
     """The gradients of xs, in order, as a list: the parts of dy (views of it)."""
-    sizes, axis, shape = cache
-    checks.float_array("concat.backward", "dy", dy)
-    checks.same_shape("concat.backward", shape, dy=dy)
+    sizes, axis, shape, dtype = cache
+    checks.gradient("concat.backward", shape, dtype, dy)
     parts, start = [], 0
     for size in sizes:
         parts.append(dy[(slice(None),) * axis + (slice(start, start + size),)])

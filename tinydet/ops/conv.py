@@ -24,7 +24,7 @@ def forward(x, w, b, stride=1, pad=0, dilation=1):
     checks.float_array(op, "w", w, f"(kh, kw, {x.shape[3]}, Cout)")
     checks.float_array(op, "b", b, f"({w.shape[3]},)")
     checks.same_dtype(op, x=x, w=w, b=b)
-    checks.whole(op, 1, stride=stride, dilation=dilation, **dict(zip(("kh", "kw", "Cin", "Cout"), w.shape)))
+    checks.small(op, 1, stride=stride, dilation=dilation, **dict(zip(("kh", "kw", "Cin", "Cout"), w.shape)))
     pad = checks.padding(op, pad)
     if min(output_size(x, w, stride, pad, dilation)) < 1:
         raise ValueError(f"{op}: x {x.shape} with pad {pad} holds no window of w {w.shape} with dilation {dilation}")

@@ -34,14 +34,13 @@ def forward(x, mask=None):
         argmax = xp.where(allowed, flat, -xp.inf).argmax(1)
         first = allowed.argmax(1)                               # where all that is allowed is -inf, the argmax may lie outside
         argmax = xp.where(xp.take_along_axis(allowed, argmax[:, None], 1)[:, 0], argmax, first)
-    return xp.take_along_axis(flat, argmax[:, None], 1)[:, 0], (x.shape, argmax)
+    return xp.take_along_axis(flat, argmax[:, None], 1)[:, 0], (x.shape, argmax, x.dtype)
 
 
 def backward(dy, cache):
     """dx: dy[n,c] at the position that won, zero elsewhere: one position an image and channel learns. dy: (N, C)."""
-    shape, argmax = cache
-    checks.same_shape("global_max_pool.backward", argmax.shape, dy=dy)
-    checks.float_array("global_max_pool.backward", "dy", dy)
+    shape, argmax, dtype = cache
+    checks.gradient("global_max_pool.backward", argmax.shape, dtype, dy)
     xp = array_module(dy)
     dx = xp.zeros((shape[0], shape[1] * shape[2], shape[3]), dy.dtype)
     n, c = xp.arange(shape[0])[:, None], xp.arange(shape[3])

@@ -16,6 +16,8 @@ def loss(x, labels, *, signed):
     op = "logistic_loss.loss"
     checks.float_array(op, "x", x, "(R, K)")
     checks.ternary(op, labels, x.shape)
+    if not isinstance(signed, bool):
+        raise TypeError(f"{op}: signed must be True or False, got {signed!r}")
     xp = array_module(x)
     counts = labels != 0 if signed else labels >= 0
     t = xp.where(labels > 0, 1, -1).astype(x.dtype)

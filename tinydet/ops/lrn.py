@@ -18,15 +18,18 @@ def forward(x, size=5, alpha=1e-4, beta=0.75, k=1.0, divide_by_n=True):
     """
     op = "lrn.forward"
     checks.float_array(op, "x", x, "(N, H, W, C)")
-    checks.whole(op, 1, size=size)
+    checks.small(op, 1, size=size)
     if size % 2 == 0:
         raise ValueError(f"{op}: size must be odd, got {size}")
     if not (0 < k < np.inf and 0 <= alpha < np.inf and 0 <= beta < np.inf):
         raise ValueError(f"{op}: k must be above 0, alpha and beta at least 0, all finite, got k {k}, alpha {alpha}, beta {beta}")
     a, beta, k = (x.dtype.type(v) for v in (alpha / size if divide_by_n else alpha, beta, k))
+    if k == 0:
+        raise ValueError(f"{op}: k must be above 0 in {x.dtype} too, got a smaller one")
+    half = min(size // 2, x.shape[3])                                   # a wider window holds all channels anyway
     run = pick(x, numpy=_forward_numpy, numba=_forward_numba)
-    y, s = run(x, size // 2, a, beta, k)
-    return y, (x, s, size // 2, a, beta)
+    y, s = run(x, half, a, beta, k)
+    return y, (x, s, half, a, beta)
 
 
 def backward(dy, cache):

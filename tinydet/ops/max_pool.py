@@ -23,7 +23,7 @@ def forward(x, size, stride=None, pad=0, ceil=False):
 def pool(op, x, size, stride, pad=0, ceil=False):
     """forward under another op's name in its errors: offset pooling is max pooling of stride 1."""
     checks.float_array(op, "x", x, "(N, H, W, C)")
-    checks.whole(op, 1, size=size, stride=stride)
+    checks.small(op, 1, size=size, stride=stride)
     pad = checks.padding(op, pad)
     if max(pad) >= size:
         raise ValueError(f"{op}: pad must be below the window's size {size}, got {pad}")
@@ -32,7 +32,7 @@ def pool(op, x, size, stride, pad=0, ceil=False):
         raise ValueError(f"{op}: x {x.shape} holds no {size}x{size} window")
     run = pick(x, numpy=_forward_numpy, numba=_forward_numba)
     y, argmax = run(x, (len(x), oh, ow, x.shape[3]), size, stride, pad[0], pad[2])      # argmax: u * size + v, uint8 up to size 16
-    return y, (x.shape, size, stride, argmax, pad[0], pad[2])
+    return y, (x.shape, size, stride, argmax, pad[0], pad[2], x.dtype)
 
 
 def output_size(side, size, stride, before, after, ceil):
@@ -46,21 +46,22 @@ def output_size(side, size, stride, before, after, ceil):
 
 def backward(dy, cache):
     """dx: each dy[n,i,j,c] goes to the pixel that won its window; a pixel adds up all the windows that it won."""
-    checks.same_shape("max_pool.backward", cache[3].shape, dy=dy)
-    checks.float_array("max_pool.backward", "dy", dy)
+    *cache, dtype = cache
+    checks.gradient("max_pool.backward", cache[3].shape, dtype, dy)
     run = pick(dy, numpy=_backward_numpy, numba=_backward_numba)
     return run(dy, *cache)
 
 
 def _forward_numpy(x, shape, size, stride, top, left):
     _, oh, ow, _ = shape
-    H, W = ((oh - 1) * stride + size, (ow - 1) * stride + size)         # of the padded image, as far as windows reach
+    reach = min(size, x.shape[1] + top), min(size, x.shape[2] + left)   # beyond, every window lies outside the image
+    H, W = (oh - 1) * stride + reach[0], (ow - 1) * stride + reach[1]   # of the padded image, as far as windows reach
     padded, inside = np.zeros((len(x), H, W, x.shape[3]), x.dtype), np.zeros((1, H, W, 1), bool)
     real = slice(None), slice(top, min(H, top + x.shape[1])), slice(left, min(W, left + x.shape[2]))
     padded[real], inside[real] = x[:, :H - top, :W - left], True
     y, argmax = np.zeros(shape, x.dtype), np.full(shape, -1)
-    for u in range(size):
-        for v in range(size):
+    for u in range(reach[0]):
+        for v in range(reach[1]):
             at = slice(None), slice(u, u + stride * (oh - 1) + 1, stride), slice(v, v + stride * (ow - 1) + 1, stride)
             value = padded[at]
             wins = inside[at] & ((argmax < 0) | (value > y) | (np.isnan(value) & ~np.isnan(y)))

@@ -21,6 +21,7 @@ def nms(boxes, scores, threshold, inclusive=False, plus_one=False, limit=None, g
     checks.float_array("nms.nms", "scores", scores, f"({len(boxes)},)")
     checks.same_dtype("nms.nms", boxes=boxes, scores=scores)
     checks.finite("nms.nms", boxes=boxes, scores=scores)
+    checks.areas("nms.nms", boxes=boxes)
     if not 0 <= threshold <= 1:
         raise ValueError(f"nms.nms: threshold must lie in [0, 1], got {threshold}")
     if limit is not None:

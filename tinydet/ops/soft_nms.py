@@ -29,6 +29,7 @@ def soft_nms(boxes, scores, method="linear", threshold=0.3, sigma=0.5, min_score
     checks.float_array(op, "scores", scores, f"({len(boxes)},)")
     checks.same_dtype(op, boxes=boxes, scores=scores)
     checks.finite(op, boxes=boxes, scores=scores)
+    checks.areas(op, boxes=boxes)
     if (scores < 0).any():
         raise ValueError(f"{op}: scores must be at least 0, got {scores.min()}")
     if method not in METHODS:

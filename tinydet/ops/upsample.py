@@ -12,19 +12,20 @@ def forward(x, factor=2, size=None):
     """
     op = "upsample.forward"
     checks.float_array(op, "x", x, "(N, H, W, C)")
-    checks.whole(op, 1, factor=factor)
+    checks.small(op, 1, factor=factor)
     full = x.shape[1] * factor, x.shape[2] * factor
     size = full if size is None else tuple(size) if isinstance(size, (tuple, list)) else (size,)
+    for side in size:
+        checks.small(op, 0, size=side)
     if len(size) != 2 or any(not f - factor < s <= f for s, f in zip(size, full)):
         raise ValueError(f"{op}: size must be {full} or up to {factor - 1} less in each, got {size}")
-    return x.repeat(factor, 1).repeat(factor, 2)[:, :size[0], :size[1]], (x.shape, factor, size)
+    return x.repeat(factor, 1).repeat(factor, 2)[:, :size[0], :size[1]], (x.shape, factor, size, x.dtype)
 
 
 def backward(dy, cache):
     """dx[n,i,j,c] = sum of dy over the copies of that pixel."""
-    (N, H, W, C), factor, size = cache
-    checks.same_shape("upsample.backward", (N, *size, C), dy=dy)
-    checks.float_array("upsample.backward", "dy", dy)
+    (N, H, W, C), factor, size, dtype = cache
+    checks.gradient("upsample.backward", (N, *size, C), dtype, dy)
     full = array_module(dy).zeros((N, H * factor, W * factor, C), dy.dtype)
     full[:, :size[0], :size[1]] = dy
     return full.reshape(N, H, factor, W, factor, C).sum((2, 4))
