@@ -1,3 +1,5 @@
+import inspect
+
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
@@ -254,3 +256,11 @@ def test_layers_tell_their_settings():
 def test_a_composite_is_frozen_when_all_that_could_train_is():
     net = Sequential(conv().freeze(), ReLU())
     assert net.frozen and not Sequential(conv().freeze(), conv(3)).frozen
+
+
+def test_every_layer_is_at_test_time_unless_told():
+    for name in LAYERS:
+        defaults = {k: p.default for k, p in inspect.signature(getattr(layers, name).forward).parameters.items()}
+        assert defaults["train"] is False and defaults["rng"] is None, name
+    x = distinct((1, 4, 4, 2), 0)
+    assert MaxPool(3, 2)(x).shape == (1, 1, 1, 2)                       # floor
