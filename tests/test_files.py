@@ -229,3 +229,12 @@ def test_a_name_too_long_for_an_archive_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"^files\.write_arrays: a name must be printable text of less than 5000 letters.*got 'aaa"):
         write_arrays(tmp_path / "a.npz", {"a" * 70000: np.ones(1)}, 1)
     assert not contents(tmp_path)
+
+
+def test_an_archive_that_unpacks_to_more_than_it_is_is_refused(tmp_path):
+    write_arrays(tmp_path / "a.npz", {"w": np.zeros(10**6)}, 1)
+    with zipfile.ZipFile(tmp_path / "a.npz") as old, zipfile.ZipFile(tmp_path / "b.npz", "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    with pytest.raises(ValueError, match=r"b\.npz must be a weights or checkpoint file of tinydet, got: an archive with a compressed member, w\.npy"):
+        read_arrays(tmp_path / "b.npz")

@@ -1,4 +1,6 @@
 """The OverFeat model: dense evaluation, window geometry, targets, selection, loss, detection, files."""
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
@@ -405,6 +407,12 @@ def test_files_that_hold_no_net_are_refused(tmp_path):
             ({}, {"steps": 3}, "must describe an OverFeat net"),
             ({}, {**good, "model": "retinanet"}, "must hold an OverFeat net, got 'retinanet'"),
             ({}, {**good, "spec": {"colour": 3}}, "must describe an OverFeat net"),
+            *(({}, {**good, "spec": {**good["spec"], **wrong}}, "must describe an OverFeat net, got: " + told) for wrong, told in (
+                ({"hidden": 10**8}, ".*far larger than the file's arrays"), ({"k": 10**5}, ".*far larger"), ({"pool": 0}, ".*pool must be at least 1"),
+                ({"jump": -1}, ".*jump must"), ({"widths": [1, 2, 3]}, ".*four widths"), ({"widths": [1, 2, 3, 0]}, ".*width 3 must"),
+                ({"scales": [0]}, ".*scales above 0"), ({"scales": "ab"}, ".*scales above 0"), ({"mean": math.nan}, ".*mean be finite"),
+                ({"std": 0}, ".*std above 0"), ({"std": "x"}, "TypeError"), ({"dropout": 7}, ".*dropout must"), ({"classes": [1, 2]}, ".*different names"),
+                ({"classes": ["a", "a"]}, ".*different names"), ({"classes": []}, ".*different names"))),
             (net.arrays(), good, r"w.npz: \S+ must have shape"),
             ({}, good, "w.npz lacks the array")):
         files.write_arrays(path, arrays, meta)

@@ -72,6 +72,9 @@ def read_arrays(path):
     try:
         if not zipfile.is_zipfile(path) and Path(path).exists():
             raise ValueError("a file that is no .npz archive")
+        with zipfile.ZipFile(path) as file:             # np.savez stores: what unpacks to more than the file itself is not its work
+            if packed := [m.filename for m in file.infolist() if m.compress_type != zipfile.ZIP_STORED]:
+                raise ValueError(f"an archive with a compressed member, {packed[0]}")
         with open(path, "rb") as f, np.load(f, allow_pickle=False) as file:
             entry = json.loads(str(file["meta"]))
             if not isinstance(entry, dict) or entry.get("format") != FORMAT:
@@ -87,7 +90,7 @@ def read_arrays(path):
         raise FileNotFoundError(f"files.read_arrays: there is no file {path}") from None
     except Exception as error:          # a damaged file: zipfile, zlib, json and NumPy raise a dozen kinds
         told = repr(error) if isinstance(error, KeyError) else error
-        raise ValueError(f"files.read_arrays: {path} must be a weights or checkpoint file of tinydet, got: {told}") from None
+        raise ValueError(f"files.read_arrays: {path} must be a weights or checkpoint file of tinydet, got: {str(told)[:300]}") from None
     return fitting("files.read_arrays", path, arrays, listed, "its list", finite=False), meta
 
 

@@ -12,7 +12,7 @@ import warnings
 
 import numpy as np
 
-from tinydet import layers
+from tinydet import checks, layers
 from tinydet.backend import array_module, to_numpy
 from tinydet.data import flip, mean_std, view
 from tinydet.files import read_arrays, write_arrays
@@ -34,6 +34,17 @@ class Spec:
     std: float = 61.896913
     pool: int = 2                       # side of the last pooling: pool * pool offsets
     jump: int = 4                       # pixels between neighbouring cells of the trunk's map
+
+    def __post_init__(self):
+        """Raise ValueError or TypeError for what describes no net."""
+        op = "overfeat.Spec"
+        checks.small(op, 1, k=self.k, hidden=self.hidden, pool=self.pool, jump=self.jump, **{f"width {i}": w for i, w in enumerate(self.widths)})
+        if not self.classes or not all(isinstance(c, str) for c in self.classes) or len(set(self.classes)) < len(self.classes):
+            raise ValueError(f"{op}: classes must be different names, at least one, got {self.classes!r}")
+        if len(self.widths) != 4 or not self.scales or not all(isinstance(s, (int, float)) and 0 < s < np.inf for s in self.scales):
+            raise ValueError(f"{op}: there must be four widths, and scales above 0, got {self.widths!r}, {self.scales!r}")
+        if not (0 <= self.dropout < 1 and abs(self.mean) < np.inf and 0 < self.std < np.inf):
+            raise ValueError(f"{op}: dropout must lie in [0, 1), mean be finite and std above 0, got {self.dropout}, {self.mean}, {self.std}")
 
     @property
     def fill(self):
@@ -345,6 +356,8 @@ def load(path):
         spec = Spec(**{k: tuple(v) if isinstance(v, list) else v for k, v in meta["spec"].items()})
         if dtype not in ("float32", "float64") or not isinstance(settings, dict):
             raise TypeError(f"dtype {dtype!r}, settings {settings!r}")
+        if spec.k ** 2 * spec.widths[-1] * spec.hidden > max(10**7, sum(a.size for a in arrays.values())):
+            raise ValueError(f"a net far larger than the file's arrays, k {spec.k}, widths {spec.widths}, hidden {spec.hidden}")
         net = OverFeat(spec, np.random.default_rng(0), dtype)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"overfeat.load: {path} must describe an OverFeat net, got: {error!r}") from None
