@@ -1,75 +1,40 @@
-"""Images with boxes: one record for every source, the VOC folder reader, splits, and the crops that training sees."""
-import collections
-import dataclasses
+"""Images with boxes: one record for every source, readers of VOC, YOLO, COCO, IDX and class folders, splits, and the crops that
+training sees. `python -m tinydet.data FOLDER` reports a data set (tinydet/report.py).
+"""
 import math
+import os
+import sys
 import warnings
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-CACHE_BYTES = 1 << 30               # decoded images kept in memory
+from tinydet import coco_folder, folders, idx, voc, yolo
+from tinydet.images import read_image  # noqa: F401
+from tinydet.records import DefectWarning, Example  # noqa: F401
+from tinydet.voc import read_split  # noqa: F401
+
+LAYOUTS = {"VOC": voc, "YOLO": yolo, "COCO": coco_folder, "IDX": idx, "class folders": folders}
 
 
-@dataclasses.dataclass(frozen=True)
-class Example:
-    """One annotated image. boxes: (R, 4) float64, continuous pixels (x1, y1, x2, y2); labels: (R,) int64, an index into the
-    data set's classes; difficult: (R,) bool, ignored in training and neither right nor wrong in evaluation.
-    source: path of the image, or the image itself, uint8 (H, W, 3).
+# Readers
+
+def read(folder, split, classes=None):
+    """Read one split of a data set whose layout is recognised: see read_voc, read_yolo, read_coco, read_idx and read_folders.
+
+    split: a name that splits(folder) lists; "all" reads everything. classes: names in label order; None takes those of the data
+    set. Returns a list of Example and the tuple of class names. What is harmless is dropped or changed, and counted in one
+    DefectWarning, whose `found` holds the places. Raises FileNotFoundError for what is missing, ValueError naming file and place
+    for what cannot be read or trusted, and for a folder of several layouts or of none.
     """
-
-    name: str
-    source: object
-    size: tuple                     # (width, height)
-    boxes: np.ndarray
-    labels: np.ndarray
-    difficult: np.ndarray
-
-    def image(self):
-        """The image, uint8 (H, W, 3) RGB."""
-        return _cached(str(self.source)) if isinstance(self.source, (str, Path)) else self.source
-
-    def usable(self):
-        """boxes, labels that training uses: those that are not difficult."""
-        return self.boxes[~self.difficult], self.labels[~self.difficult]
+    return _told("read", folder, split, layout(folder).read(folder, split, classes))
 
 
-def read_image(path):
-    """Read any image file that Pillow reads as uint8 (H, W, 3) RGB. Raises FileNotFoundError, or ValueError naming the file."""
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith("I"):                  # 16 bits a pixel: Pillow would cut at 255, not scale
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-            elif "transparency" in image.info:              # of a palette: Pillow wants the detour
-                image = image.convert("RGBA")
-            return np.asarray(image.convert("RGB"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"data.read_image: there is no file {path}") from None
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"data.read_image: {path} must be a readable image, got: {error}") from None
+def splits(folder):
+    """Names of the splits of a data set of any layout, sorted; empty if it is not split. Raises as read for an unknown layout."""
+    return layout(folder).splits(folder)
 
-
-class _Cache(collections.OrderedDict):
-    """Decoded images, the longest unused ones dropped beyond CACHE_BYTES."""
-
-    size = 0
-
-    def __call__(self, path):
-        if path in self:
-            self.move_to_end(path)
-            return self[path]
-        image = self[path] = read_image(path)
-        self.size += image.nbytes
-        while self.size > CACHE_BYTES and len(self) > 1:
-            self.size -= self.popitem(last=False)[1].nbytes
-        return image
-
-
-_cached = _Cache()
-
-
-# VOC folders
 
 def read_voc(folder, split, classes=None):
     """Read a PASCAL VOC folder: Annotations/*.xml, JPEGImages/*, ImageSets/Main/<split>.txt.
@@ -77,129 +42,80 @@ def read_voc(folder, split, classes=None):
     split: name of an image set; "all" reads every annotation. classes: names in label order; None derives them, sorted, from
     the boxes read. VOC counts pixels from 1 with both ends inside: (xmin - 1, ymin - 1, xmax, ymax) is the continuous box.
     A box with xmax <= xmin or ymax <= ymin is degenerate and dropped; one that leaves the image is cut at its border, and
-    dropped if nothing is left. Both are counted in one warning.
+    dropped if nothing is left; one that repeats another of its class is dropped. All are counted in one warning.
     Returns a list of Example in the order of the image set, and the tuple of class names.
     Raises FileNotFoundError for missing files, ValueError naming file and place for what cannot be read or trusted.
     """
-    folder, defects = Path(folder), collections.defaultdict(list)
-    records = [_read_xml(folder, name, defects) for name in read_split(folder, split)]
-    if classes is None:
-        classes = sorted({label for record in records for label in record[4]})
-    index, examples = {c: i for i, c in enumerate(classes)}, []
-    for name, path, size, boxes, labels, difficult in records:
-        if unknown := sorted(set(labels) - set(index)):
-            raise ValueError(f"data.read_voc: {_xml(folder, name)}: the class of an object must be one of {', '.join(classes)}, "
-                             f"got {', '.join(unknown)}")
-        examples.append(Example(name, path, size, np.array(boxes, float).reshape(-1, 4),
-                                np.array([index[c] for c in labels], np.int64), np.array(difficult, bool)))
+    return _told("read_voc", folder, split, voc.read(folder, split, classes))
+
+
+def read_yolo(folder, split, classes=None):
+    """Read a YOLO folder: images and, in a folder labels/ in place of images/, a text file for each.
+
+    Images lie in images/, images/<split>/ or <split>/images/. split: the name of a list sets/<split>.txt, of train.txt,
+    trainval.txt, val.txt, valid.txt or test.txt (a line is a name below images/, or the path of an image from the folder), or of a
+    folder; "all" reads every image. Class names: classes.txt, labels/classes.txt or *.names, one a line (a data.yaml is not read).
+    classes: label order; without a file of names, the names themselves.
+    A line of a label file is `class x_centre y_centre width height`, relative to the image, in 0..1 (by 0.01 beyond it for rounding);
+    confidences and polygons are errors. Corners up to one pixel outside are rounding and are cut in silence (CHOICE); further out
+    the cut is counted. A missing label file means no objects (CHOICE, counted), an empty one too. A label file without image is
+    an error.
+    Returns and raises as read. Order: that of the list, else by name.
+    """
+    return _told("read_yolo", folder, split, yolo.read(folder, split, classes))
+
+
+def read_coco(folder, split, classes=None):
+    """Read a COCO folder: annotations/instances_<split>.json or annotations/<split>.json, instances_<split>.json beside the
+    images, or <split>/_annotations.coco.json (one in the folder itself is "train").
+
+    Images lie in <split>/, images/<split>/, images/, the folder itself or JPEGImages/: the first of them that holds the first image;
+    those of a _annotations.coco.json beside it. Classes: the categories, by id. Crowd annotations are difficult.
+    Corners up to one pixel outside are cut in silence, as by read_yolo.
+    Returns and raises as read; what is wrong in the JSON is told by coco.annotations.
+    """
+    return _told("read_coco", folder, split, coco_folder.read(folder, split, classes))
+
+
+def read_idx(folder, split, classes=None):
+    """Read IDX files, <split>-images-idx3-ubyte.gz and <split>-labels-idx1-ubyte.gz; "test" also reads those called t10k.
+
+    Images stay grey until Example.image() repeats the channel; their labels are the Examples' tags. Classes: classes.txt, else the
+    digits "0".."9" and on. Magic number, counts and sizes are checked before memory is taken, then the length and the checksum.
+    Returns and raises as read.
+    """
+    return _told("read_idx", folder, split, idx.read(folder, split, classes))
+
+
+def read_folders(folder, split, classes=None):
+    """Read images in one folder a class, <split>/<class>/ or, with split "all", <class>/ alone. Labels are the Examples' tags.
+
+    Classes: the names of the class folders of all splits, sorted. Files that are no images are counted in the warning.
+    Returns and raises as read.
+    """
+    return _told("read_folders", folder, split, folders.read(folder, split, classes))
+
+
+def layout(folder):
+    """The module that reads a folder. Raises FileNotFoundError, or ValueError saying what was looked for unless one layout is there."""
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"data.read: there is no folder {folder}")
+    found = [name for name, module in LAYOUTS.items() if module is not folders and module.found(folder)]
+    found = found or ["class folders"] * folders.found(folder)
+    if len(found) != 1:
+        advice = "; call read_voc, read_yolo, read_coco or read_idx" * bool(found)
+        raise ValueError(f"data.read: {folder} must hold one layout of " + "; ".join(m.LOOKS_LIKE for m in LAYOUTS.values())
+                         + f". Got {' and '.join(found) or 'none'}{advice}")
+    return LAYOUTS[found[0]]
+
+
+def _told(reader, folder, split, result):
+    """Examples and classes of a reader's result; its defects are told in one warning that points at the caller's caller."""
+    examples, classes, defects = result
     if defects:
         found = "; ".join(f"{len(where)} {what} (first in {where[0]})" for what, where in sorted(defects.items()))
-        warnings.warn(f"data.read_voc: {folder}, {split}: {found}", stacklevel=2)
-    return examples, tuple(classes)
-
-
-def splits(folder):
-    """Names of the image sets in a VOC folder: ImageSets/Main/*.txt, without the per-class lists `<class>_<split>`."""
-    names = {p.stem for p in (Path(folder) / "ImageSets" / "Main").glob("*.txt")}
-    return sorted(n for n in names if "_" not in n or n.rsplit("_", 1)[1] not in names)
-
-
-def read_split(folder, split):
-    """The image names of one set of a VOC folder, in file order ("all": every annotation, sorted)."""
-    folder = Path(folder)
-    if not (folder / "Annotations").is_dir():
-        raise FileNotFoundError(f"data.read_split: a VOC folder must hold Annotations/, JPEGImages/ and ImageSets/Main/, got {folder}")
-    if split == "all":
-        names = sorted(p.stem for p in (folder / "Annotations").glob("*.xml"))
-    else:
-        path = folder / "ImageSets" / "Main" / f"{split}.txt"
-        if not path.is_file():
-            raise FileNotFoundError(f"data.read_split: there is no {path}; image sets here: {', '.join(splits(folder)) or 'none'} ("
-                                    "and \"all\": every annotation)")
-        names = [line.split()[0] for line in _text(path).splitlines() if line.strip()]
-    if not names:
-        raise ValueError(f"data.read_split: image set {split} of {folder} must name at least one image, got none")
-    if twice := [n for n, count in collections.Counter(names).items() if count > 1]:
-        raise ValueError(f"data.read_split: image set {split} of {folder} must name each image once, got {twice[0]} more than once")
-    return names
-
-
-def _text(path):
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"data.read_voc: {path} must be UTF-8 text, got: {error}") from None
-
-
-def _xml(folder, name):
-    return folder / "Annotations" / f"{name}.xml"
-
-
-class _PlainXML(ElementTree.TreeBuilder):
-    def doctype(self, name, pubid, system):
-        raise ValueError("a document type, where entities are declared")
-
-
-def _read_xml(folder, name, defects):
-    """name, image path, (width, height), boxes, labels, difficult of one annotation file."""
-    path = _xml(folder, name)
-    if not path.is_file():
-        raise FileNotFoundError(f"data.read_voc: there is no {path}")
-    try:
-        root = ElementTree.fromstring(path.read_bytes(), ElementTree.XMLParser(target=_PlainXML()))
-    except (ElementTree.ParseError, LookupError, ValueError) as error:      # the last two: encodings that expat does not know
-        raise ValueError(f"data.read_voc: {path} must be plain XML, got: {error}") from None
-    image, size = _find_image(folder, name)
-    tag = root.find("size")
-    if tag is not None:
-        claimed = tuple(_number(path, tag, side) for side in ("width", "height"))
-        if claimed not in (size, (0, 0)):                           # 0x0: some converters write that for "unknown"
-            raise ValueError(f"data.read_voc: {path}: <size> must be that of the image, {size[0]}x{size[1]}, "
-                             f"got {claimed[0]:g}x{claimed[1]:g}")
-    boxes, labels, difficult = [], [], []
-    for item in root.iter("object"):
-        box = item.find("bndbox")
-        label = (item.findtext("name") or "").strip()
-        if box is None or not label:
-            raise ValueError(f"data.read_voc: {path}: each <object> must have a <name> and a <bndbox>, got one without")
-        x1, y1, x2, y2 = (_number(path, box, corner) for corner in ("xmin", "ymin", "xmax", "ymax"))
-        if x2 <= x1 or y2 <= y1:
-            defects["degenerate boxes dropped"].append(name)
-            continue
-        cut = max(x1 - 1, 0), max(y1 - 1, 0), min(x2, size[0]), min(y2, size[1])
-        if cut != (x1 - 1, y1 - 1, x2, y2):
-            if cut[2] <= cut[0] or cut[3] <= cut[1]:
-                defects["boxes outside the image dropped"].append(name)
-                continue
-            defects["boxes cut at the border of the image"].append(name)
-        boxes.append(cut)
-        labels.append(label)
-        difficult.append((item.findtext("difficult") or "0").strip().lower() in ("1", "true"))
-    return name, image, size, boxes, labels, difficult
-
-
-def _number(path, tag, name):
-    text = (tag.findtext(name) or "").strip()
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise ValueError(f"data.read_voc: {path}: <{tag.tag}><{name}> must be a finite number, got {text!r}")
-    return value
-
-
-def _find_image(folder, name):
-    """Path and (width, height) of an image of a VOC folder; only the file's header is read."""
-    for ending in (f(e) for e in (".jpg", ".jpeg", ".png", ".bmp") for f in (str.lower, str.upper, str.title)):
-        path = folder / "JPEGImages" / f"{name}{ending}"
-        if path.is_file():
-            try:
-                with Image.open(path) as image:
-                    return path, image.size
-            except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                raise ValueError(f"data.read_voc: {path} must be a readable image, got: {error}") from None
-    raise FileNotFoundError(f"data.read_voc: there is no {folder / 'JPEGImages' / name}.jpg (or .jpeg, .png)")
+        warnings.warn(DefectWarning(f"data.{reader}: {Path(folder)}, {split}: {found}", dict(defects)), stacklevel=3)
+    return examples, classes
 
 
 # Splitting
@@ -225,15 +141,20 @@ def hold_out(examples, fraction, seed=0):
 
 def near_identical(examples, bits=20):
     """Groups (lists of indices) of examples whose difference hashes are linked by steps of at most `bits` of 256 bits."""
-    hashes = np.array([_difference_hash(e.image()) for e in examples]).reshape(len(examples), 256)
-    group = np.arange(len(examples))
+    return linked(np.array([difference_hash(e.image()) for e in examples]).reshape(len(examples), 256), bits)
+
+
+def linked(hashes, bits=20):
+    """Groups (lists of indices) of hashes, (N, 256) bool, linked by steps of at most `bits` bits."""
+    group = np.arange(len(hashes))
     for i, h in enumerate(hashes):
         for j in np.flatnonzero((hashes[:i] != h).sum(1) <= bits):
             group[group == group[j]] = group[i]
     return [list(np.flatnonzero(group == g)) for g in dict.fromkeys(group)]
 
 
-def _difference_hash(image):
+def difference_hash(image):
+    """256 bits, (256,) bool, that say where an image (H, W, 3) brightens from left to right."""
     small = np.asarray(Image.fromarray(image).convert("L").resize((17, 16), Image.Resampling.BILINEAR), int)
     return (small[:, 1:] > small[:, :-1]).ravel()
 
@@ -266,3 +187,8 @@ def mean_std(examples, most=50):
     """Scalar mean and standard deviation of the pixels (0..255) of the first `most` images, for normalising as OverFeat did."""
     pixels = np.concatenate([e.image()[::4, ::4].ravel() for e in examples[:most]]).astype(np.float64)
     return float(pixels.mean()), max(1.0, float(pixels.std()))
+
+
+if __name__ == "__main__":
+    from tinydet import report
+    sys.exit(report.main())

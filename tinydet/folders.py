@@ -1,0 +1,67 @@
+"""Folders of images by class: <class>/*.jpg, or <split>/<class>/*.jpg. Users call data.read_folders."""
+import collections
+import os
+from pathlib import Path
+
+import numpy as np
+
+from tinydet import images
+from tinydet.records import Example, given_classes, no_split, some
+
+LOOKS_LIKE = "<class>/*.jpg or <split>/<class>/*.jpg (image folders)"
+
+
+def _below(folder):
+    return sorted(p for p in Path(folder).iterdir() if p.is_dir() and not p.name.startswith(".")) if os.path.isdir(folder) else []
+
+
+def _holds_images(folder):
+    with os.scandir(folder) as entries:
+        return any(os.path.splitext(e.name)[1].lower() in images.ENDINGS for e in entries)
+
+
+def found(folder):
+    return any(_holds_images(p) or any(map(_holds_images, _below(p))) for p in _below(folder))
+
+
+def _is_split(folder):
+    """Class folders hold images, split folders only class folders."""
+    flat, deep = _holds_images(folder), any(map(_holds_images, _below(folder)))
+    if flat and deep:
+        raise ValueError(f"data.read_folders: {folder} must hold images (a class) or folders of images (a split), got both")
+    return deep
+
+
+def splits(folder):
+    """Names of the split folders: sub-folders that hold class folders."""
+    return [p.name for p in _below(folder) if _is_split(p)]
+
+
+def read(folder, split, classes=None):
+    """Examples, classes, and defects (a dict of lists of places): see data.read_folders."""
+    folder, defects, classes = Path(folder), collections.defaultdict(list), given_classes("data.read_folders", classes)
+    parts = splits(folder)
+    if not found(folder):
+        raise FileNotFoundError(f"data.read_folders: a folder must hold {LOOKS_LIKE}, got {folder}")
+    if alone := [p.name for p in _below(folder) if parts and p.name not in parts and _holds_images(p)]:
+        raise ValueError(f"data.read_folders: {folder} must hold either classes or splits, got class {alone[0]} beside split "
+                         f"{parts[0]}")
+    if split != "all" and split not in parts:
+        raise no_split("data.read_folders", folder, split, parts)
+    every = [folder / p for p in parts] or [folder]
+    names = sorted({p.name for part in every for p in _below(part)})
+    index, examples = {c: i for i, c in enumerate(classes or names)}, []
+    if unknown := [n for n in names if n not in index]:
+        raise ValueError(f"data.read_folders: {folder}: a class folder must be one of {some(classes)}, got {some(unknown)}")
+    none = np.zeros((0, 4)), np.zeros(0, np.int64), np.zeros(0, bool)
+    for part in every if split == "all" else [folder / split]:
+        for below in _below(part):
+            pictures = images.in_folder("data.read_folders", below)
+            for path in sorted(below.iterdir()):
+                if path not in pictures.values() and not path.name.startswith("."):
+                    defects["files that are no images passed over"].append(str(path.relative_to(folder)))
+            for stem, path in pictures.items():
+                size = images.header("data.read_folders", path, defects)
+                name = f"{below.relative_to(folder).as_posix()}/{stem}"
+                examples.append(Example(name, path, size, *none, np.array([index[below.name]])))
+    return examples, tuple(index), defects
