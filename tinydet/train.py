@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from tinydet import loader
 from tinydet.files import read_arrays, read_json, write, write_arrays
 from tinydet.layers import load
 
@@ -20,10 +21,12 @@ def progress(items, **options):
     return tqdm(items, dynamic_ncols=True, **options)
 
 
-def fit(run, net, optimizer, schedule, steps, step, every=100):
+def fit(run, net, optimizer, schedule, steps, step, every=100, prepare=None, workers=1):
     """Train: call step(i) for i = the run's last checkpoint .. steps - 1, each time update, log, and every so often checkpoint.
 
-    step(i) runs forward, loss and backward, which leaves gradients in the net, and returns a dict of numbers with "loss" first.
+    With prepare it calls step(i, prepare(i)), and `workers` background threads make the next ones meanwhile (loader.prefetch:
+    the number of workers changes no bit; 0 makes each when its turn comes).
+    step runs forward, loss and backward, which leaves gradients in the net, and returns a dict of numbers with "loss" first.
     All that it draws at random must come from i (np.random.default_rng([seed, i])): then a run that was killed and resumed
     passes through the same states, bit for bit on the same machine with the same number of threads.
     schedule(i): learning rate of step i. Every `every` steps, and at the end, the run keeps a checkpoint.
@@ -31,9 +34,10 @@ def fit(run, net, optimizer, schedule, steps, step, every=100):
     """
     first = run.restore(net, optimizer)
     bar = progress(range(first, steps), initial=first, total=steps, desc=f"train {run.folder.name}", unit="step")
-    with run.open_log(first) as log:
+    prepared = loader.prefetch(lambda i: (prepare(i),) if prepare else (), first, steps, workers if prepare else 0)
+    with run.open_log(first) as log, prepared:
         for i in bar:
-            values = step(i)
+            values = step(i, *next(prepared))
             if not math.isfinite(values["loss"]):
                 raise FloatingPointError(f"train.fit: the loss must be finite, got {values['loss']} at step {i}: lower the learning rate")
             optimizer.step(schedule(i))
