@@ -9,7 +9,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from conftest import seeds
 from tinydet.data import Example
-from tinydet.evaluate import ClassResult, average_precision, best_threshold, errors, mean_ap, summary, table, voc
+from tinydet.evaluate import ClassResult, average_precision, best_threshold, mean_ap, summary, table, voc
 
 
 def example(boxes, labels=None, difficult=None):
@@ -286,14 +286,3 @@ def test_table():
                      "b             0.000       31      0.000   0.000       inf",
                      "mean          0.375"]
     assert table({})[-1] == "mean      nan"
-
-
-def test_errors_name_each_kind_once():
-    objects = example(boxes=[[0, 0, 10, 10], [50, 50, 60, 60], [80, 0, 90, 10], [0, 80, 10, 90]], labels=[0, 0, 1, 0],
-                      difficult=[False, False, False, True])
-    found = ([[0, 0, 10, 9], [0, 0, 10, 10], [50, 50, 60, 54], [80, 0, 90, 10], [30, 30, 40, 40], [0, 80, 10, 90], [50, 50, 60, 60]],
-             [0, 0, 0, 0, 0, 0, 0], [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.1])
-    counts = errors([found], [objects], ["a", "b"], {"a": 0.3, "b": 0.3})
-    assert counts["a"] == {"found": 1, "missed": 1, "double": 1, "inexact": 1, "other class": 1, "background": 1}
-    assert counts["b"] == {"found": 0, "missed": 1, "double": 0, "inexact": 0, "other class": 0, "background": 0}
-    assert errors([found], [objects], ["a"], {"a": 0.0})["a"]["found"] == 2

@@ -74,7 +74,7 @@ def weights(tmp_path_factory):
 def test_training_leaves_everything_in_the_run_folder(trained):
     cwd, done = trained
     folder = cwd / "runs" / "a"
-    assert {p.name for p in folder.iterdir()} == {"config.json", "metrics.jsonl", "checkpoint.npz", "weights.npz", "results.json",
+    assert {p.name for p in folder.iterdir()} == {"config.json", "metrics.jsonl", "checkpoint.npz", "weights.npz", "results.json", "false_positives",
                                                   "loss.png", "precision_recall.png", "detections.png"}
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6] and all(np.isfinite(r["loss"]) for r in records)

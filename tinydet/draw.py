@@ -67,6 +67,46 @@ def detections_sheet(examples, detections, classes, cut, columns=2):
     return sheet(pictures, 2 * columns, captions)
 
 
+def close_up(image, box, context=1.0, least=48):
+    """The part of an image around a box: the box, `context` of its sides more in all, at least `least` pixels. Returns the part
+    and its corner (x, y), to subtract from boxes."""
+    x1, y1, x2, y2 = (float(v) for v in box)
+    side = max((1 + context) * max(x2 - x1, y2 - y1), least)
+    H, W = image.shape[:2]
+    left, top = (min(max(0, round(centre - side / 2)), max(0, length - 1)) for centre, length in (((x1 + x2) / 2, W), ((y1 + y2) / 2, H)))
+    right, bottom = min(W, left + max(1, round(side))), min(H, top + max(1, round(side)))
+    return image[top:bottom, left:right], (left, top)
+
+
+def false_positives_sheet(mistakes, classes, columns=5, side=190):
+    """The mistakes of one class, each a close-up: the wrong box and, in brackets, the objects that are labelled there.
+
+    mistakes: as evaluate.false_positives gives them. Captions tell the kind and the score.
+    """
+    pictures = []
+    for m in mistakes:
+        part, (x, y) = close_up(m.example.image(), m.box)
+        enlarge = side / max(part.shape[:2])
+        near = [i for i, b in enumerate(m.example.boxes - (x, y, x, y))
+                if b[0] < part.shape[1] and b[1] < part.shape[0] and b[2] > 0 and b[3] > 0]
+        shown = np.concatenate([m.example.boxes[near], m.box[None]]) - (x, y, x, y)
+        picture = boxes(part, shown, [*m.example.labels[near], m.label], classes, None, enlarge, [True] * len(near) + [False])
+        square = Image.new("RGB", (side, side), "white")
+        square.paste(picture)
+        pictures.append(square)
+    return sheet(pictures, columns, [f"{m.kind} {m.score:.2f}" for m in mistakes])
+
+
+def false_positives(mistakes, classes, folder):
+    """Write a sheet for every class that has mistakes into the folder: <number>_<class>.png. mistakes: {class name: [Mistake]}."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for k, (name, found) in enumerate(mistakes.items()):
+        path = folder / f"{k}_{''.join(c if c.isalnum() else '_' for c in name)[:50]}.png"
+        path.unlink(missing_ok=True)                                # of an earlier evaluation of this run
+        if found:
+            save(false_positives_sheet(found, classes), path)
+
+
 def save(picture, path):
     """Write a Pillow image or a matplotlib figure to path (its ending names the format), whole or not at all."""
     with files.whole(path) as part:

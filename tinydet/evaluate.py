@@ -1,10 +1,27 @@
-"""Average precision as PASCAL VOC defines it."""
+"""Average precision as PASCAL VOC and COCO define it, of detections in memory or in files.
+
+    python -m tinydet.evaluate --coco GT.json DT.json               # the twelve numbers of COCO, as pycocotools gives them
+    python -m tinydet.evaluate --voc FOLDER --set test DT.json      # AP by class; DT.json from examples/detect.py --json
+
+--json OUT also writes the figures at full precision, 0..1. COCO: AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl, -1 where
+undefined. VOC: mAP, and AP by class, null for a class without objects in the set.
+"""
+import argparse
 import dataclasses
+import json
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import numpy as np
 
-from tinydet import checks
+from tinydet import checks, data, files
+from tinydet.coco import annotations, named_results, results
+from tinydet.evaluate_coco import CocoResult, coco, coco_of_examples
 from tinydet.ops import boxes as box_ops
+
+__all__ = ["ClassResult", "CocoResult", "average_precision", "best_threshold", "coco", "coco_of_examples", "errors", "match",
+           "mean_ap", "summary", "table", "voc", "voc_files"]
 
 
 @dataclasses.dataclass
@@ -35,7 +52,7 @@ def average_precision(recall, precision, eleven_point=False):
     return float(((r[change + 1] - r[change]) * p[change + 1]).sum())
 
 
-def voc(detections, examples, classes, iou=0.5, eleven_point=False, strict=False):
+def voc(detections, examples, classes, iou=0.5, eleven_point=False, strict=False, places=None):
     """Evaluate detections of a whole image set, class by class (VOC devkit; ohem notes 5.1).
 
     All detections of a class, best score first (ties: order of images, then of detections). Each looks at the object of its
@@ -43,6 +60,7 @@ def voc(detections, examples, classes, iou=0.5, eleven_point=False, strict=False
     difficult: the detection does not count; object free: true positive, object taken; else, and below iou: false positive.
     A duplicate is not tried on a second object. recall = TP / non-difficult objects, precision = TP / (TP + FP), 0/0 = 0.
     detections: per image a tuple boxes (D, 4), labels (D,), scores (D,); examples: the tinydet.data.Example, same order.
+    places: per image (D,) integers, by which ties between images go instead.
     Returns {class name: ClassResult}; mean_ap() averages. A class without objects has AP NaN, one without detections AP 0.
     Raises ValueError if the lists differ in length, or for NaN or infinity. Labels beyond the classes are left out.
     """
@@ -52,17 +70,18 @@ def voc(detections, examples, classes, iou=0.5, eleven_point=False, strict=False
         checks.finite("evaluate.voc", boxes=np.asarray(boxes, float), scores=np.asarray(scores, float))
     results = {}
     for k, name in enumerate(classes):
-        hit, score, positives = [np.zeros(0, int)], [np.zeros(0)], 0
-        for (boxes, labels, scores), example in zip(detections, examples):
+        hit, score, place, positives = [np.zeros(0, int)], [np.zeros(0)], [np.zeros(0, int)], 0
+        for i, ((boxes, labels, scores), example) in enumerate(zip(detections, examples)):
             mine, true = np.asarray(labels) == k, example.labels == k
             positives += int((true & ~example.difficult).sum())
             s = np.asarray(scores, float)[mine]
             b = np.asarray(boxes, float).reshape(-1, 4)[mine]
             order = np.argsort(-s, kind="stable")
-            hit.append(_match(b[order], example.boxes[true], example.difficult[true], iou, strict))
+            hit.append(match(b[order], example.boxes[true], example.difficult[true], iou, strict))
             score.append(s[order])
+            place.append(np.full(len(s), i) if places is None else places[i][mine][order])
         hit, score = np.concatenate(hit), np.concatenate(score)
-        order = np.argsort(-score, kind="stable")
+        order = np.lexsort((np.concatenate(place), -score))
         hit, score = hit[order], score[order]
         tp, fp = np.cumsum(hit == 1), np.cumsum(hit == 0)
         precision = tp / np.maximum(tp + fp, 1)
@@ -72,7 +91,7 @@ def voc(detections, examples, classes, iou=0.5, eleven_point=False, strict=False
     return results
 
 
-def _match(boxes, objects, difficult, iou, strict):
+def match(boxes, objects, difficult, iou, strict):
     """1 true positive, 0 false positive, -1 does not count; for the detections of one image and class, best first."""
     hit = np.zeros(len(boxes), int)
     if len(objects) == 0:
@@ -99,33 +118,6 @@ def summary(results):
             "AP50": {name: None if np.isnan(r.ap) else r.ap for name, r in results.items()}}
 
 
-def errors(detections, examples, classes, cut, iou=0.5, near=0.1):
-    """Where a detector loses, among its detections of score >= cut[class]: counts per class, by the first kind that fits.
-
-    found: true positives; double: on an object already found; inexact: IoU in [near, iou) with an object of the class; other
-    class: IoU >= iou with an object of another class; background: the rest; missed: objects not found. Difficult objects and
-    what matches them count nowhere. Arguments as in voc(), whose matching this follows; cut: {class name: score}.
-    Returns {class name: {kind: count}}.
-    """
-    counts = {name: dict.fromkeys(("found", "missed", "double", "inexact", "other class", "background"), 0) for name in classes}
-    for (boxes, labels, scores), example in zip(detections, examples):
-        labels, scores = np.asarray(labels), np.asarray(scores, float)
-        for k, name in enumerate(classes):
-            shown, true = (labels == k) & (scores >= cut[name]), example.labels == k
-            b = np.asarray(boxes, float).reshape(-1, 4)[shown][np.argsort(-scores[shown], kind="stable")]
-            hits = _match(b, example.boxes[true], example.difficult[true], iou, False)
-            overlap = box_ops.iou(b, example.boxes)
-            own, other = overlap[:, true].max(1, initial=0), overlap[:, ~true].max(1, initial=0)
-            wrong = hits == 0
-            kinds = (("double", own >= iou), ("inexact", own >= near), ("other class", other >= iou), ("background", own >= 0))
-            for kind, fits in kinds:
-                counts[name][kind] += int((wrong & fits).sum())
-                wrong &= ~fits
-            counts[name]["found"] += int((hits == 1).sum())
-            counts[name]["missed"] += int((~example.difficult[true]).sum() - (hits == 1).sum())
-    return counts
-
-
 def best_threshold(result):
     """The score at which F1 = 2PR/(P + R) is largest: where to cut detections for display. Infinity without a true positive."""
     f1 = 2 * result.precision * result.recall / np.maximum(result.precision + result.recall, 1e-12)
@@ -133,13 +125,91 @@ def best_threshold(result):
     return float(result.scores[f1.argmax()]) if len(f1) and f1.max() > 0 else float("inf")
 
 
-def table(results):
+def table(results, iou=0.5):
     """Lines of text: class, AP, objects, best F1's precision, recall and score, then the mean."""
     width = max(len("class"), len("mean"), *map(len, results))
-    lines = [f"{'class':{width}}  {'AP50':>6}  objects  precision  recall  at score"]
+    lines = [f"{'class':{width}}  {f'AP{100 * iou:g}':>6}  objects  precision  recall  at score"]
     for name, r in results.items():
         cut = best_threshold(r)
         at = int((r.scores >= cut).sum()) - 1
         p, q = (r.precision[at], r.recall[at]) if at >= 0 else (0, 0)
         lines.append(f"{name:{width}}  {r.ap:6.3f}  {r.positives:7d}  {p:9.3f}  {q:6.3f}  {cut:8.3f}")
     return [*lines, f"{'mean':{width}}  {mean_ap(results):6.3f}"]
+
+
+# The command line
+
+def voc_files(folder, split, path, iou=0.5, eleven_point=False, strict=False):
+    """voc() for an image set of a VOC folder and a detection file: {class name: ClassResult}, classes in alphabetical order.
+
+    Classes are those of all annotations of the folder, so one without objects in the set is there, with AP NaN. Ties of scores go
+    by the order of the file, as in the VOC devkit. Raises what data.read_voc and coco.named_results raise.
+    """
+    examples, classes = data.read_voc(folder, split)
+    classes = [*classes, *sorted(_names(folder) - set(classes))]
+    detections, places = named_results(path, [e.name for e in examples], classes)
+    return dict(sorted(voc(detections, examples, classes, iou, eleven_point, strict, places).items()))
+
+
+def _names(folder):
+    """Class names in all annotations of a VOC folder; files that are no XML are for their own image sets to refuse."""
+    names = set()
+    for path in (Path(folder) / "Annotations").glob("*.xml"):
+        try:
+            root = ElementTree.fromstring(path.read_bytes())
+        except (ElementTree.ParseError, LookupError, ValueError):
+            continue
+        names |= {(item.findtext("name") or "").strip() for item in root.iter("object")}
+    return names - {""}
+
+
+def arguments(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m tinydet.evaluate", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    a = parser.add_argument
+    a("detections", metavar="DT.json", help="detections")
+    a("--coco", metavar="GT.json", help="evaluate on COCO annotations")
+    a("--voc", metavar="FOLDER", help="evaluate on a VOC folder")
+    a("--set", help="image set of the VOC folder")
+    a("--metric", choices=["all", "11"], help="VOC: area under the curve (all, the default), or 11 recall levels (VOC 2007)")
+    a("--iou", type=float, help="VOC: least IoU of a match (0.5)")
+    a("--strict", action="store_true", help="VOC: a match needs IoU > --iou, not >=")
+    a("--json", metavar="OUT", help="also write the figures here")
+    args = parser.parse_args(argv)
+    if (args.coco is None) == (args.voc is None):
+        parser.error("give one of --coco GT.json and --voc FOLDER")
+    if args.voc is not None and args.set is None:
+        parser.error("--voc needs --set, an image set of the folder")
+    if args.coco is not None and (args.set or args.metric or args.iou is not None or args.strict):
+        parser.error("--set, --metric, --iou and --strict belong to --voc")
+    args.iou = 0.5 if args.iou is None else args.iou
+    if not 0 < args.iou <= 1:
+        parser.error(f"--iou must lie in 0..1, above 0, got {args.iou:g}")
+    if args.json and not Path(args.json).resolve().parent.is_dir():
+        parser.error(f"the folder of --json {args.json} must exist")
+    return args
+
+
+def main(args):
+    if args.coco is not None:
+        truth = annotations(args.coco, complete=False)
+        found = coco(truth, results(args.detections, truth))
+        lines, figures = found.table(), found.numbers()
+    else:
+        found = voc_files(args.voc, args.set, args.detections, args.iou, args.metric == "11", args.strict)
+        lines, means = table(found, args.iou), summary(found)
+        figures = {"mAP": means["mean AP50"], "AP": means["AP50"]}    # at --iou, whatever it is
+    print("\n".join(lines))
+    if args.json:
+        files.write(args.json, json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    args = arguments()
+    sys.stdout.reconfigure(errors="backslashreplace")               # names that the terminal cannot show
+    try:
+        main(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nstopped")
