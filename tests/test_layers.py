@@ -159,6 +159,14 @@ def test_weights_from_channels_first():
     assert all(a.flags.c_contiguous and a.flags.owndata for a in found.values()) and found["b"] is not b
 
 
+def test_running_variance_of_two_pixels_divides_by_one():
+    layer = BatchNorm(1, momentum=0.0, dtype=np.float64)
+    layer.forward(np.array([1.0, 4]).reshape(1, 1, 2, 1), train=True)
+    assert_allclose([layer.state["mean"], layer.state["var"]], [[2.5], [4.5]], rtol=1e-12)
+    layer.forward(np.full((1, 1, 1, 1), 7.0), train=True)               # one pixel has no variance, and no division by zero
+    assert_allclose([layer.state["mean"], layer.state["var"]], [[7.0], [0.0]], rtol=1e-12)
+
+
 def test_dropout_is_the_identity_at_test_time_and_needs_a_generator_in_training():
     layer, x = Dropout(), distinct((2, 5, 4, 2), 0)
     assert layer.p == 0.5

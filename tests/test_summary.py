@@ -81,3 +81,7 @@ def test_one_object_in_two_places_is_counted_once_and_a_forward_of_its_own_stays
     found = summary(Sequential(relu, Conv2D(2, 2, 1, rng=rng()), relu), (1, 4, 4, 2))
     assert [(row.name, row.runs) for row in found.rows] == [("0", 2), ("1", 1)]
     assert relu.forward is own
+
+
+def test_a_convolution_to_one_channel():
+    assert summary(Conv2D(2, 1, 3, rng=rng()), (1, 5, 4, 2)).multiply_adds == 3 * 2 * 18
