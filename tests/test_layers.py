@@ -8,7 +8,7 @@ from conftest import BACKENDS, distinct
 from tinydet import layers, to_numpy, use
 from tinydet.cases import LAYERS, of_layer
 from tinydet.gradcheck import check_grad
-from tinydet.layers import (LRN, BatchNorm, Composite, Conv2D, Dropout, Linear, MaxPool, ReLU, Sequential, Shared, from_channels_first,
+from tinydet.layers import (LRN, BatchNorm, Composite, Conv2D, Dropout, Linear, MaxPool, ReLU, Sequential, from_channels_first,
                             load)
 from tinydet.ops import dropout
 

@@ -20,7 +20,7 @@ from tinydet.coco import annotations, named_results, results
 from tinydet.evaluate_coco import CocoResult, coco, coco_of_examples
 from tinydet.ops import boxes as box_ops
 
-__all__ = ["ClassResult", "CocoResult", "average_precision", "best_threshold", "coco", "coco_of_examples", "errors", "match",
+__all__ = ["ClassResult", "CocoResult", "average_precision", "best_threshold", "coco", "coco_of_examples", "match",
            "mean_ap", "summary", "table", "voc", "voc_files"]
 
 
