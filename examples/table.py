@@ -2,8 +2,8 @@
 
     python examples/table.py runs/cells-0 runs/cells-1 runs/cells-2 --json results.json
 
-Prints AP50 of each class and their mean, each as mean, standard deviation (n - 1) and the single runs, and the wall time
-(not known of a resumed run); and what was wrong at the score of best F1: tinydet.evaluate.errors.
+Prints AP50 of each class and their mean, and COCO's numbers, each as mean, standard deviation (n - 1) and the single runs, and the
+wall time (not known of a resumed run); and what was wrong at the score of best F1: tinydet.mistakes.errors.
 """
 import argparse
 import json
@@ -13,6 +13,13 @@ from pathlib import Path
 import numpy as np
 
 from tinydet import files
+
+
+def print_rows(rows):
+    for name, values in rows.items():
+        values = np.array(values, float)                            # None (a class without objects) becomes NaN
+        spread = np.std(values, ddof=1) if len(values) > 1 else 0.0
+        print(f"{name:12} {np.mean(values):.3f}  {spread:.3f}   " + " ".join(f"{v:.3f}" for v in values))
 
 
 def main(args):
@@ -27,10 +34,11 @@ def main(args):
     rows["mean"] = [r["mean AP50"] for r in results]
     seconds = [r["seconds"] for r in results]
     print(f"{len(results)} runs, set {results[0]['set']}, AP50: mean, standard deviation, single runs")
-    for name, values in rows.items():
-        values = np.array(values, float)                            # None (a class without objects) becomes NaN
-        spread = np.std(values, ddof=1) if len(values) > 1 else 0.0
-        print(f"{name:12} {np.mean(values):.3f}  {spread:.3f}   " + " ".join(f"{v:.3f}" for v in values))
+    print_rows(rows)
+    coco = {name: [r["COCO"][name] for r in results] for name in results[0].get("COCO", {}) if all("COCO" in r for r in results)}
+    if coco:
+        print("COCO's numbers")
+        print_rows(coco)
     errors = {name: {kind: float(np.mean([r["errors"][name][kind] for r in results])) for kind in kinds}
               for name, kinds in results[0]["errors"].items()}
     print("errors at the score of best F1 (mean of the runs)")
@@ -39,7 +47,7 @@ def main(args):
     print("seconds      " + " ".join("-" if s is None else str(s) for s in seconds))
     if args.json:
         settings = {k: v for k, v in configs[0].items() if k not in ("seed", "name", "data")}
-        files.write(args.json, json.dumps({"set": results[0]["set"], "seeds": [c["seed"] for c in configs], "AP50": rows,
+        files.write(args.json, json.dumps({"set": results[0]["set"], "seeds": [c["seed"] for c in configs], "AP50": rows, "COCO": coco,
                                            "errors": errors, "seconds": seconds, "settings": settings}, indent=1) + "\n")
 
 

@@ -225,4 +225,6 @@ def test_table_of_runs(trained):
     done = run("table.py", "runs/a", "runs/a", "--json", "t.json", cwd=cwd)
     table, results = json.loads((cwd / "t.json").read_text()), json.loads((cwd / "runs" / "a" / "results.json").read_text())
     assert table["AP50"]["mean"] == [results["mean AP50"]] * 2 and table["seeds"] == [0, 0]
+    assert table["COCO"] == {name: [value] * 2 for name, value in results["COCO"].items()} and len(table["COCO"]) == 12
+    assert "COCO's numbers" in done.stdout and results["COCO AP"].keys() == results["AP50"].keys()
     assert "2 runs, set val" in done.stdout
