@@ -105,15 +105,17 @@ def main(args, put):
     detections = [overfeat.detect(net, e.image(), **combining) for e in train.progress(held_out, desc="evaluate", unit="image")]
     results, coco = evaluate.voc(detections, held_out, classes), evaluate.coco_of_examples(detections, held_out, classes)
     cut = {name: evaluate.best_threshold(r) for name, r in results.items()}
+    errors = mistakes.errors(detections, held_out, classes, cut)
     overfeat.save(net, run.folder / "weights.npz", {**combining, "cut": cut})
     files.write(run.folder / "results.json", json.dumps(
-        {"set": args.eval_set, **combining, **evaluate.summary(results), **coco.summary(), "seconds": None if args.resume else round(time.perf_counter() - start),
-         "errors": mistakes.errors(detections, held_out, classes, cut)}, indent=1) + "\n")
+        {"set": args.eval_set, **combining, **evaluate.summary(results), **coco.summary(), "errors": errors,
+         "seconds": None if args.resume else round(time.perf_counter() - start)}, indent=1) + "\n")
     draw.loss_curves(run.metrics(), ("loss", "class_loss", "box_loss"), run.folder / "loss.png")
     draw.precision_recall(results, run.folder / "precision_recall.png", f"{args.name}: {args.eval_set}, IoU 0.5")
     draw.save(draw.detections_sheet(held_out[:8], detections[:8], classes, cut), run.folder / "detections.png")
     draw.false_positives(mistakes.false_positives(detections, held_out, classes), classes, run.folder / "false_positives")
-    print("\n".join([*evaluate.table(results), "", *coco.table()]), f"\npictures, weights and figures: {run.folder}")
+    print("\n".join([*evaluate.table(results), "", *coco.table(), "", "errors at the score of best F1", *mistakes.table(errors)]),
+          f"\npictures, weights and figures: {run.folder}")
     return results
 
 

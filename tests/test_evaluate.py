@@ -286,3 +286,9 @@ def test_table():
                      "b             0.000       31      0.000   0.000       inf",
                      "mean          0.375"]
     assert table({})[-1] == "mean      nan"
+
+
+def test_an_overlap_a_hair_below_the_threshold_is_no_match():
+    truth = [example([[0, 0, 1, 1]])]
+    assert voc([found([[0, 0, 1, 0.5]], [0.9])], truth, ["x"])["x"].ap == 1
+    assert voc([found([[0, 0, 1, 0.5 - 1e-10]], [0.9])], truth, ["x"])["x"].ap == 0

@@ -184,7 +184,7 @@ def test_bad_voc_files_are_one_line(f9):
     ({"image": "d"}, r"detections\[1\]: image must be that of one of the 3 images, got 'd'"),       # of another set
     ({"class": "unknown"}, r"detections\[1\]: class must be that of one of the 3 classes, got 'unknown'"),
     ({"score": None}, r"detections\[1\]: score must be a finite number, got None"),
-    ({"box": [1, 2, 3]}, r"detections\[1\]: box must be four finite numbers, got \[1, 2, 3\]"),
+    ({"box": [1, 2, 3]}, r"detections\[1\]: box must be four finite numbers up to 1e\+12, got \[1, 2, 3\]"),
 ])
 def test_voc_detections_are_checked(f9, change, message):
     rows = json.loads((f9 / "dt.json").read_text())
@@ -210,9 +210,34 @@ def test_voc_detections_are_checked(f9, change, message):
     (["--voc", "folder", "--set", "test", "dt.json", "--iou", "half"], "invalid float"),
     *((["--voc", "folder", "--set", "test", "dt.json", "--iou", iou], "--iou must lie in 0..1, above 0")
       for iou in ("0", "-1", "1.1", "nan")),
-    (["--coco", "gt.json", "dt.json", "--json", "no/such/folder/out.json"], "the folder of --json no/such/folder/"),
+    (["--coco", "gt.json", "dt.json", "--json", "no/such/folder/out.json"], "--json no/such/folder/"),
 ])
 def test_usage(capsys, args, message):
     with pytest.raises(SystemExit) as caught:
         arguments(args)
     assert caught.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("objects, boxes, npos, ap", [
+    ([("x", 1, 1, 9, 9, 0)] * 2, [(1, 1, 9, 9)], 2, 0.5),                                   # the same object twice counts twice
+    ([("x", 1, 1, 9, 9, 1), ("x", 1, 1, 9, 9, 0)], [(1, 1, 9, 9)], 1, 0.0),                 # the first of equals is difficult: nothing counts
+    ([("x", 1, 1, 9, 9, 0), ("x", 20, 5, 20, 9, 0)], [(1, 1, 9, 9), (20, 5, 20, 9)], 2, 1.0),           # one pixel wide
+    ([("x", 0, 0, 9, 9, 0)], [(0, 0, 9, 5)], 1, 1.0),                                       # corners from 0: IoU 60/100, not cut to 54/81
+    ([("x", 0, 0, 9, 9, 0)], [(0, 0, 9, 3)], 1, 0.0),                                       # 40/100 (cut: 36/81)
+    ([("x", 81, 1, 120, 10, 0)], [(81, 1, 100, 10)], 1, 1.0),                               # beyond the border: IoU 20/40
+    ([("x", 81, 1, 121, 10, 0)], [(81, 1, 100, 10)], 1, 0.0),                               # 20/41, though all of it that the image holds
+])
+def test_voc_counts_the_objects_of_the_files_as_they_stand(tmp_path, objects, boxes, npos, ap):
+    """As the devkit does; the reader for training drops and cuts."""
+    folder = voc_folder(tmp_path, {"test": {"a": objects}})
+    for picture in (folder / "JPEGImages").iterdir():
+        picture.unlink()                                            # nobody needs them
+    (folder / "dt.json").write_text(json.dumps([record("a", 0.9 - k / 10, *box) for k, box in enumerate(boxes)]))
+    result = voc_files(folder, "test", folder / "dt.json")["x"]
+    assert (result.positives, result.ap) == (npos, ap)
+
+
+def test_an_entity_bomb_in_another_set_is_not_read(f9):
+    (f9 / "Annotations" / "bomb.xml").write_text(
+        '<!DOCTYPE a [<!ENTITY b "bbbb">]><annotation><object><name>&b;</name></object></annotation>')
+    assert "bbbb" not in voc_files(f9, "test", f9 / "dt.json")

@@ -4,7 +4,7 @@ from PIL import Image
 
 from tinydet import draw
 from tinydet.data import Example
-from tinydet.mistakes import KINDS, errors, false_positives, kinds
+from tinydet.mistakes import KINDS, errors, false_positives, kinds, table
 
 TRUE = [[0, 0, 10, 10], [50, 50, 60, 60], [80, 0, 90, 10], [0, 80, 10, 90]]
 FOUND = [[0, 0, 10, 9], [0, 0, 10, 10], [50, 50, 60, 54], [80, 0, 90, 10], [30, 30, 40, 40], [0, 80, 10, 90], [50, 50, 60, 60]]
@@ -28,6 +28,27 @@ def test_errors_count_each_kind_and_what_was_missed():
     assert counts["a"] == {"found": 1, "missed": 1, "double": 1, "inexact": 1, "other class": 1, "background": 1}
     assert counts["b"] == {"found": 0, "missed": 1, "double": 0, "inexact": 0, "other class": 0, "background": 0}
     assert errors([(FOUND, [0] * 7, SCORES)], [scene()], ["a"], {"a": 0.0})["a"]["found"] == 2
+
+
+def test_a_class_that_is_never_found_shows_all_its_mistakes():
+    """Two objects, found with their classes exchanged: no cut is best for them, and nothing is hidden by that."""
+    swapped = (TRUE[:3:2], [1, 0], [0.9, 0.8])
+    example = Example("a", None, (120, 99), np.array(TRUE[:3:2], float), np.array([0, 1]), np.zeros(2, bool))
+    counts = errors([swapped], [example], ["a", "b"], {"a": np.inf, "b": np.inf})
+    assert [counts[c]["other class"] for c in "ab"] == [1, 1] and [counts[c]["missed"] for c in "ab"] == [1, 1]
+
+
+def test_a_detection_at_the_cut_counts_and_an_overlap_at_near_is_inexact():
+    assert errors([(FOUND, [0] * 7, SCORES)], [scene()], ["a"], {"a": 0.9})["a"]["found"] == 1
+    assert kinds(np.array([[50.0, 50, 60, 51]]), 0, scene()) == ["inexact"]             # IoU 0.1
+    assert kinds(np.array([[50.0, 50, 60, 50.99]]), 0, scene()) == ["background"]
+
+
+def test_table_of_errors():
+    counts = errors([(FOUND, [0] * 7, SCORES)], [scene()], ["a", "long"], {"a": 0.3, "long": 0.3})
+    assert table(counts) == ["class  found  missed  double  inexact  other class  background",
+                             "a          1       1       1        1            1           1",
+                             "long       0       1       0        0            0           0"]
 
 
 def test_false_positives_are_those_of_highest_score_over_all_images():

@@ -46,7 +46,8 @@ class Detections:
 def annotations(path, complete=True):
     """Read a COCO annotation file: Annotations.
 
-    complete=False: enough for evaluation; an image may lack file_name, width and height, a category its name (then None).
+    complete=False: enough for evaluation; file_name, width and height of an image and the name of a category may be anything or
+    lack (then None, or what is there), as nobody looks at them. Ids may be whole floats (1.0), as some tables write them.
     Absent iscrowd counts as 0. An annotation with w or h <= 0 is kept: evaluation counts it, and nothing can match it (IoU 0).
     Raises FileNotFoundError, or ValueError naming file and place: not JSON in UTF-8 (NaN, a key twice, nested too deep), a field
     that is missing or of another type or beyond LARGEST, an id that is no integer of 64 bits or occurs twice, or an annotation
@@ -59,15 +60,16 @@ def annotations(path, complete=True):
     images, categories, objects = (_records(op, value, key) for key in ("images", "categories", "annotations"))
     needed = REQUIRED if complete else None
     image_ids, ids = _ids(op, "images", images), _ids(op, "annotations", objects)
-    picture = [_column(op, "images", images, "file_name", _text, "a name", needed)]
+    text, side_ = (_text, _side) if complete else (_anything, _anything)
+    picture = [_column(op, "images", images, "file_name", text, "a name", needed)]
     for side in ("width", "height"):
-        picture.append(_column(op, "images", images, side, _side, f"an integer in 1..{LARGEST_SIDE}", needed))
-    names = _column(op, "categories", categories, "name", _text, "a name", needed)
+        picture.append(_column(op, "images", images, side, side_, f"an integer in 1..{LARGEST_SIDE}", needed))
+    names = _column(op, "categories", categories, "name", text, "a name", needed)
     kinds = sorted(zip(_ids(op, "categories", categories), names), key=lambda row: row[0])
     boxes = _boxes(op, "annotations", objects, "bbox")
-    area = _column(op, "annotations", objects, "area", _number, "a finite number", None)
+    area = _column(op, "annotations", objects, "area", _number, f"a finite number up to {LARGEST:g}", None)
     area = [w * h if a is None else a for a, (w, h) in zip(area, boxes[:, 2:].tolist())]
-    crowd = _column(op, "annotations", objects, "iscrowd", lambda v: type(v) in (int, bool) and v in (0, 1), "0 or 1", 0)
+    crowd = _column(op, "annotations", objects, "iscrowd", lambda v: type(v) in (int, bool, float) and v in (0, 1), "0 or 1", 0)
     return Annotations(
         list(zip(image_ids, *picture)), kinds, np.array(ids, np.int64),
         _index(op, "annotations", objects, "image_id", image_ids, "images"),
@@ -156,7 +158,12 @@ def _box(v):
 
 
 def _whole(v):
-    return type(v) is int and -2**63 <= v < 2**63
+    """An integer, also one written as a float, of 64 bits (a float: of the 53 that it holds)."""
+    return type(v) is int and -2**63 <= v < 2**63 or type(v) is float and abs(v) < 2**53 and v == int(v)
+
+
+def _anything(v):
+    return True
 
 
 def _side(v):
@@ -221,7 +228,7 @@ def _index(op, where, records, key, known, of, holds=_whole, what="an integer of
 
 
 def _boxes(op, where, records, key):
-    return np.array(_column(op, where, records, key, _box, "four finite numbers"), float).reshape(-1, 4)
+    return np.array(_column(op, where, records, key, _box, f"four finite numbers up to {LARGEST:g}"), float).reshape(-1, 4)
 
 
 def _scores(op, records):

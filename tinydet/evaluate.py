@@ -10,12 +10,11 @@ import argparse
 import dataclasses
 import json
 import sys
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import numpy as np
 
-from tinydet import checks, data, files
+from tinydet import checks, data, files, voc as voc_folder
 from tinydet.coco import annotations, named_results, results
 from tinydet.evaluate_coco import CocoResult, coco, coco_of_examples
 from tinydet.ops import boxes as box_ops
@@ -142,25 +141,18 @@ def table(results, iou=0.5):
 def voc_files(folder, split, path, iou=0.5, eleven_point=False, strict=False):
     """voc() for an image set of a VOC folder and a detection file: {class name: ClassResult}, classes in alphabetical order.
 
-    Classes are those of all annotations of the folder, so one without objects in the set is there, with AP NaN. Ties of scores go
-    by the order of the file, as in the VOC devkit. Raises what data.read_voc and coco.named_results raise.
+    The objects are those of the annotation files as they stand: none is cut at the border or dropped, and no image is opened
+    (data.read_voc, for training, does both). Classes are those of all annotations of the folder, so one without objects in the
+    set is there, with AP NaN. Ties of scores go by the order of the file. All as in the VOC devkit.
+    Raises what data.read_voc raises of the annotations, and what coco.named_results raises.
     """
-    examples, classes = data.read_voc(folder, split)
-    classes = [*classes, *sorted(_names(folder) - set(classes))]
-    detections, places = named_results(path, [e.name for e in examples], classes)
-    return dict(sorted(voc(detections, examples, classes, iou, eleven_point, strict, places).items()))
-
-
-def _names(folder):
-    """Class names in all annotations of a VOC folder; files that are no XML are for their own image sets to refuse."""
-    names = set()
-    for path in (Path(folder) / "Annotations").glob("*.xml"):
-        try:
-            root = ElementTree.fromstring(path.read_bytes())
-        except (ElementTree.ParseError, LookupError, ValueError):
-            continue
-        names |= {(item.findtext("name") or "").strip() for item in root.iter("object")}
-    return names - {""}
+    truth = voc_folder.truth(folder, split)
+    classes = sorted(voc_folder.class_names(folder) | {label for _, objects in truth for _, label, _ in objects})
+    examples = [data.Example(name, None, (0, 0), np.array([box for box, _, _ in objects], float).reshape(-1, 4),
+                             np.array([classes.index(label) for _, label, _ in objects], np.int64),
+                             np.array([difficult for *_, difficult in objects], bool)) for name, objects in truth]
+    detections, places = named_results(path, [name for name, _ in truth], classes)
+    return voc(detections, examples, classes, iou, eleven_point, strict, places)
 
 
 def arguments(argv=None):
@@ -185,8 +177,8 @@ def arguments(argv=None):
     args.iou = 0.5 if args.iou is None else args.iou
     if not 0 < args.iou <= 1:
         parser.error(f"--iou must lie in 0..1, above 0, got {args.iou:g}")
-    if args.json and not Path(args.json).resolve().parent.is_dir():
-        parser.error(f"the folder of --json {args.json} must exist")
+    if args.json and (Path(args.json).is_dir() or not Path(args.json).resolve().parent.is_dir()):
+        parser.error(f"--json {args.json} must be a file in a folder that exists")
     return args
 
 

@@ -41,19 +41,28 @@ def kinds(boxes, label, example, iou=0.5, near=0.1):
 def errors(detections, examples, classes, cut, iou=0.5, near=0.1):
     """Where a detector loses, among its detections of score >= cut[class]: counts per class of the kinds, and of objects missed.
 
-    Difficult objects are not missed. Arguments as in evaluate.voc(), whose matching this follows; cut: {class name: score}.
+    Difficult objects are not missed. Arguments as in evaluate.voc(), whose matching this follows; cut: {class name: score};
+    where it is infinite (evaluate.best_threshold of a class that is never found) all detections of the class count.
     Returns {class name: {kind: count}}, kinds "found", "missed" and KINDS.
     """
     counts = {name: dict.fromkeys(("found", "missed", *KINDS), 0) for name in classes}
     for image, example in zip(detections, examples):
         for k, name in enumerate(classes):
             boxes, scores = _of_class(image, k)
-            for kind in filter(None, kinds(boxes[scores >= cut[name]], k, example, iou, near)):
+            shown = scores >= cut[name] if np.isfinite(cut[name]) else slice(None)
+            for kind in filter(None, kinds(boxes[shown], k, example, iou, near)):
                 counts[name][kind] += 1
             counts[name]["missed"] += int((~example.difficult[example.labels == k]).sum())
     for count in counts.values():
         count["missed"] -= count["found"]
     return counts
+
+
+def table(counts):
+    """Lines of text: a class a line, a kind a column. counts: as errors() returns them."""
+    columns, width = ("found", "missed", *KINDS), max([len("class"), *map(len, counts)])
+    return [f"{'class':{width}}  " + "  ".join(columns),
+            *(f"{name:{width}}  " + "  ".join(f"{count[kind]:{len(kind)}d}" for kind in columns) for name, count in counts.items())]
 
 
 def false_positives(detections, examples, classes, most=10, iou=0.5, near=0.1):

@@ -106,12 +106,25 @@ def alike(pixels):
 
 
 def report(folder, sets=None):
-    """The figures of a data set as a JSON value, {set: list of Example}, and the class names. sets: None takes every split and "all"."""
+    """The figures of a data set as a JSON value, {set: list of Example}, and the class names. sets: None takes every split and "all".
+
+    A set that cannot be read is told under "errors" and the others are reported; "all" is left out where only some sets can be
+    read together (COCO images of one split alone, or one name in two splits). Raises where no set can be read.
+    """
     module = data.layout(folder)
     names = module.splits(folder)
-    sets = sets or ([*names, "all"] if len(names) != 1 else names)
-    classes = module.read(folder, "all")[1]                         # one order of classes in every split
-    read = {s: module.read(folder, s, classes) for s in sets}
+    asked = sets or names or ["all"]
+    tried, failed = {}, {}
+    for s in [*asked, "all"]:
+        try:
+            tried[s] = module.read(folder, s)
+        except (ValueError, OSError) as error:
+            failed[s] = error
+    if not any(s in tried for s in asked):
+        raise failed[asked[0]]
+    classes = tried["all"][1] if "all" in tried else list(dict.fromkeys(c for s in asked if s in tried for c in tried[s][1]))
+    shown = [*(s for s in asked if s in tried), *["all"] * (sets is None and "all" in tried and len(names) > 1)]
+    read = {s: module.read(folder, s, classes) for s in dict.fromkeys(shown)}          # one order of classes in every split
     every, pixels = {}, Pixels()
     for examples, _, _ in read.values():
         every.update((key_of(e), e) for e in examples)
@@ -123,7 +136,7 @@ def report(folder, sets=None):
         mean, std = pixels.mean_std([key_of(e) for e in examples])
         found["sets"][s] = {**describe(examples, classes, defects), "mean": mean, "std": std}
     members = {s: {key_of(e) for e in examples} for s, (examples, *_) in read.items() if s in names}
-    found["unreadable"] = pixels.unreadable
+    found["unreadable"], found["errors"] = pixels.unreadable, {s: str(failed[s]) for s in asked if s in failed}
     for kind, groups in zip(("identical", "near_identical"), alike(pixels)):
         found[kind] = groups and [{"images": [every[k].name for k in g], "sets": sorted(s for s, m in members.items() if m & {*g})}
                                   for g in groups]
@@ -173,6 +186,8 @@ def table(found):
             yield f"  defect: {where['count']} {what}: {some(where['first'] + [''] * (where['count'] - len(where['first'])), FIRST)}"
         if not s["defects"]:
             yield "  defects: none"
+    for name, error in found["errors"].items():
+        yield f"\n{name}: cannot be read: {error}"
     yield ""
     for kind in ("identical", "near_identical"):
         told, groups = kind.replace("_", "-"), found[kind]
@@ -226,6 +241,8 @@ def main(argv=None):
             if examples:
                 draw.save(sheet(examples, classes), out / f"{name}.png")
         print(f"sheets of examples: {out}")
+        if found["errors"]:
+            raise ValueError(next(iter(found["errors"].values())))
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -77,14 +77,54 @@ class _PlainXML(ElementTree.TreeBuilder):
         return super().end(tag)
 
 
-def _read_xml(path, name, pictures, defects):
-    """name, image path, (width, height), objects (box, class, difficult, place) of one annotation file."""
+def truth(folder, split):
+    """What an evaluation counts: per image of a set its name and objects (box, class, difficult), all that the file has, as they stand.
+
+    Nothing is cut, dropped or compared with the image, as in the VOC devkit: box is (xmin - 1, ymin - 1, xmax, ymax).
+    """
+    folder = Path(folder)
+    return [(name, list(_objects(path, _tree(path)))) for name in read_split(folder, split)
+            for path in [folder / "Annotations" / f"{name}.xml"]]
+
+
+def class_names(folder):
+    """The classes in all annotations of a folder; files that are no annotation are for their own image sets to refuse."""
+    names = set()
+    for path in sorted((Path(folder) / "Annotations").glob("*.xml")):
+        try:
+            names |= {_text(path, item, "name") for item in _tree(path).iter("object")}
+        except ValueError:
+            continue
+    return names - {""}
+
+
+def _tree(path):
+    """The <annotation> of a file."""
     try:
         root = ElementTree.fromstring(read_bytes("data.read_voc", path), ElementTree.XMLParser(target=_PlainXML()))
     except (ElementTree.ParseError, LookupError, ValueError) as error:      # the last two: encodings that expat does not know
         raise ValueError(f"data.read_voc: {path} must be plain XML, got: {error}") from None
     if root.tag != "annotation":
         raise ValueError(f"data.read_voc: {path} must hold an <annotation>, got <{root.tag}>")
+    return root
+
+
+def _objects(path, root):
+    """Box, class and difficult of every object, checked, in order."""
+    for item in root.iter("object"):
+        box, label = _only(path, item, "bndbox"), _text(path, item, "name")
+        if box is None or not label:
+            raise ValueError(f"data.read_voc: {path}: each <object> must have a <name> and a <bndbox>, got one without")
+        x1, y1, x2, y2 = (_number(path, box, corner) for corner in ("xmin", "ymin", "xmax", "ymax"))
+        difficult = _text(path, item, "difficult").lower()
+        if difficult not in ("", "0", "1", "true", "false"):
+            raise ValueError(f"data.read_voc: {path}: <difficult> must be 0 or 1, got {difficult!r}")
+        yield (x1 - 1, y1 - 1, x2, y2), label, difficult in ("1", "true")
+
+
+def _read_xml(path, name, pictures, defects):
+    """name, image path, (width, height), objects (box, class, difficult, place) of one annotation file."""
+    root = _tree(path)
     if name not in pictures:
         raise FileNotFoundError(f"data.read_voc: there is no {path.parent.parent / 'JPEGImages' / name}.jpg (or "
                                 f"{', '.join(images.ENDINGS[1:])})")
@@ -96,18 +136,11 @@ def _read_xml(path, name, pictures, defects):
             raise ValueError(f"data.read_voc: {path}: <size> must be that of the image, {size[0]}x{size[1]}, "
                              f"got {claimed[0]:g}x{claimed[1]:g}" + " (its EXIF rotation is not applied)" * turned)
     objects = []
-    for item in root.iter("object"):
-        box, label = _only(path, item, "bndbox"), _text(path, item, "name")
-        if box is None or not label:
-            raise ValueError(f"data.read_voc: {path}: each <object> must have a <name> and a <bndbox>, got one without")
-        x1, y1, x2, y2 = (_number(path, box, corner) for corner in ("xmin", "ymin", "xmax", "ymax"))
-        difficult = _text(path, item, "difficult").lower()
-        if difficult not in ("", "0", "1", "true", "false"):
-            raise ValueError(f"data.read_voc: {path}: <difficult> must be 0 or 1, got {difficult!r}")
-        if x2 <= x1 or y2 <= y1:                                    # also one pixel wide: VOC's corners are inside
+    for box, label, difficult in _objects(path, root):
+        if box[2] <= box[0] + 1 or box[3] <= box[1] + 1:            # also one pixel wide: VOC's corners are inside
             defects["degenerate boxes dropped"].append(name)
-        elif cut := fitted((x1 - 1, y1 - 1, x2, y2), size, defects, name):
-            objects.append((cut, label, difficult in ("1", "true"), name))
+        elif cut := fitted(box, size, defects, name):
+            objects.append((cut, label, difficult, name))
     return name, pictures[name], size, objects
 
 
