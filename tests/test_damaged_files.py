@@ -141,12 +141,13 @@ DAMAGE = [  # layout, file that is damaged, its new content or what is done to i
     ("voc", "JPEGImages/a.jpg", jpeg(kind="EPS"), "must be a readable image, got: cannot identify"),   # Pillow would start Ghostscript
     ("voc", "JPEGImages/a.jpg", folder_there, "must be a readable image"),
     ("yolo", "images/a.jpg", loop, "there is no file"),
+    ("voc", "JPEGImages/a.jpg", jpeg()[:2 * len(jpeg()) // 3], "must be a readable image, got: it ends without its end marker"),
+    ("voc", "JPEGImages/a.jpg", jpeg(kind="PNG")[:-12], "must be a readable image, got: it ends without its end marker"),
     ("yolo", "images/a.jpg", png(31_000, 10), "31000x10 pixels; the limits are"),
     ("yolo", "images/a.jpg", png(11_000, 10_000), "11000x10000 pixels; the limits are"),
     ("yolo", "images/a.jpg", png(2**31 - 1, 2**31 - 1), "must be a readable image"),
     ("yolo", "images/a.jpg", png(0, 30), "must be a readable image"),
     # images, when decoded
-    ("yolo", "images/a.jpg", jpeg()[:-400], "must be a readable image, got: image file is truncated"),
     ("yolo", "images/a.jpg", jpeg()[:-400] + b"\xff\xd9", "must be a readable image, got: image file is truncated"),
     ("yolo", "images/a.jpg", taller(jpeg(64, 64)), "must be a readable image, got: image file is truncated"),
     ("yolo", "images/a.jpg", png(40, 30), "must be a readable image, got: "),
@@ -160,6 +161,7 @@ DAMAGE = [  # layout, file that is damaged, its new content or what is done to i
     ("yolo", LABEL, "9" * 9999 + " .5 .5 .2 .2\n", "a.txt, line 1: the class must be one of 0..1, got 9"),
     ("yolo", LABEL, "0 .5 .5 .2 .2\n0 .5 inf .2 .2\n", "a.txt, line 2: a box must be finite numbers, got 0 .5 inf .2 .2"),
     ("yolo", LABEL, "0 20 15 8 6\n", "a.txt, line 1: a box must be relative to the image, 0..1, got 0 20 15 8 6"),
+    ("yolo", LABEL, "0 .5 .5 .2 1.02\n", "a.txt, line 1: a box must be relative to the image, 0..1, got 0 .5 .5 .2 1.02"),
     ("yolo", LABEL, "0 .5 .5 -.2 .2\n", "a.txt, line 1: a box must be relative to the image, 0..1, got 0 .5 .5 -.2 .2"),
     ("yolo", LABEL, b"0 .5 .5 .2 .2\n\xff", "must be UTF-8 text"),
     ("yolo", LABEL, folder_there, "a folder has this name"),
@@ -192,6 +194,7 @@ DAMAGE = [  # layout, file that is damaged, its new content or what is done to i
     ("coco", JSON, record(images=first(file_name="/etc/passwd")), "image 7: a path must be relative and stay in the folder, got '/etc"),
     ("coco", JSON, record(images=first(file_name="c.jpg")), "there is no image c.jpg in"),
     ("coco", JSON, record(images=first(width=41)), "image 7: width and height must be those of a.jpg, 40x30, got 41x30"),
+    ("coco", JSON, record(images=first(height=31)), "image 7: width and height must be those of a.jpg, 40x30, got 40x31"),
     ("coco", JSON, record(images=first(width=0)), "images[0]: width must be"),
     ("coco", JSON, "{}", "images must be a list, got none"),
     ("coco", "train/b.jpg", None, "there is no file"),
@@ -204,6 +207,7 @@ DAMAGE = [  # layout, file that is damaged, its new content or what is done to i
     ("idx", PIXELS, gzip.compress(b"\0\0"), "got: "),
     ("idx", PIXELS, idx_bytes(np.zeros((5, 6, 4)), shape=(2**32 - 1, 28, 28)), "got: a declared size of 4294967295x28x28; the limits are"),
     ("idx", PIXELS, idx_bytes(np.zeros((5, 6, 4)), shape=(10**6, 28, 28)), "got: a declared size of 1000000x28x28, more than"),
+    ("idx", PIXELS, idx_bytes(np.zeros((5, 6, 4)), shape=(100, 28, 28)), "got: a declared size of 100x28x28, more than"),
     ("idx", PIXELS, idx_bytes(np.zeros((5, 6, 4)), shape=(1, 1, 50_000)), "got: a declared size of 1x1x50000; the limits are"),
     ("idx", PIXELS, idx_bytes(np.zeros((5, 6, 4)), shape=(0, 6, 4)), "got: a declared size of 0x6x4; the limits are"),
     ("idx", PIXELS, idx_bytes(np.zeros((5, 6, 4)), shape=(6, 6, 4)), "got: a declared size of 6x6x4, 144 bytes, but 120"),
@@ -216,6 +220,7 @@ DAMAGE = [  # layout, file that is damaged, its new content or what is done to i
     ("folders", "train/cat/a.jpg", b"junk", "must be a readable image"),
     ("folders", "train/cat/a.png", png(3, 3), "must differ in more than the ending, got a.jpg and a.png"),
     ("folders", "train/x.jpg", jpeg(), "train must hold images (a class) or folders of images (a split), got both"),
+    ("folders", "train/cat/a.txt", "0 .5 .5 .2 .2", "no annotations (.json, .txt, .xml) among them (image folders). Got none"),
     ("folders", "cow/x.jpg", jpeg(), "must hold either classes or splits, got class cow beside split train"),
 ]
 
@@ -236,7 +241,7 @@ def test_every_damage_is_one_error_that_names_the_file(tmp_path, layout, name, d
             e.image()
     assert time.perf_counter() - start < 5
     assert message in str(caught.value) and told(caught.value, str(tmp_path)), str(caught.value)
-    if name not in ("classes.txt", "JPEGImages/a.png", "train/cat/a.png", "train/x.jpg", "cow/x.jpg"):
+    if name not in ("classes.txt", "JPEGImages/a.png", "train/cat/a.png", "train/x.jpg", "cow/x.jpg", "train/cat/a.txt"):
         assert Path(name).stem.split("_")[0] in str(caught.value)
 
 
@@ -311,6 +316,33 @@ def test_a_jpeg_that_lacks_blocks_is_not_read(tmp_path, mode, cut):
         data.read_image(tmp_path / "a.jpg")
 
 
+def zero_filled(content, share):
+    n = int(share * len(content))
+    return content[:n] + bytes(len(content) - n)
+
+
+@pytest.mark.parametrize("kind, message", [("JPEG", "it ends without its end marker"), ("PNG", "it ends without its end marker"),
+                                           ("png with its end", "broken PNG file")])
+@pytest.mark.parametrize("share", [0.3, 0.67, 0.99])
+def test_zeros_in_place_of_the_tail_are_told(tmp_path, kind, message, share):
+    content = jpeg(200, 150, kind[:4].strip().upper())
+    (tmp_path / "a").write_bytes(zero_filled(content, share) if kind.isupper() else zero_filled(content[:-12], share) + content[-12:])
+    with pytest.raises(ValueError, match=rf"^data\.read_image: .*a must be a readable image, got: {message}"):
+        data.read_image(tmp_path / "a")
+
+
+def test_what_follows_the_end_of_an_image_is_no_matter(tmp_path):
+    """Telephones append a film, with any bytes; a thumbnail has an end marker of its own."""
+    film = b"\xff\xd9" + b"\xff\xda film" * 9999
+    for kind in ("JPEG", "PNG"):
+        (tmp_path / "a").write_bytes(jpeg(kind=kind) + film)
+        assert data.read_image(tmp_path / "a").shape == (30, 40, 3)
+    for W, H in ((40, 30), (200, 150)):                             # the thumbnail lies in the tail, and before it
+        (tmp_path / "a").write_bytes(jpeg(W, H, exif=b"Exif\0\0" + jpeg(9, 9))[:-2])
+        with pytest.raises(ValueError, match="it ends without its end marker"):
+            data.read_image(tmp_path / "a")
+
+
 def test_what_is_odd_but_harmless_is_read_and_counted(tmp_path):
     write(tmp_path, "folders")
     (tmp_path / "train" / "cat" / "r.jpg").write_bytes(turned(30, 40))
@@ -342,10 +374,11 @@ def tokens(content):
 
 
 def mutate(content, rng):
-    """One to three random damages: flipped bytes, truncation, deletion, duplication, and tokens swapped or replaced."""
+    """One to three random damages: flipped bytes, truncation, deletion, duplication, and tokens swapped or replaced; zeros
+    in place of the tail."""
     b = bytearray(content)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        kind, n = rng.randrange(9), len(b)
+        kind, n = rng.randrange(10), len(b)
         i = rng.randrange(n + 1)
         j = min(n, i + rng.choice((1, 2, 4, 16, 200)))
         if kind == 0 and n:
@@ -355,6 +388,8 @@ def mutate(content, rng):
             b[rng.randrange(n)] ^= 1 << rng.randrange(8)
         elif kind == 2:
             del b[i:]
+        elif kind == 9:
+            b[i:] = bytes(n - i)
         elif kind == 3:
             del b[i:j]
         elif kind == 4:
@@ -455,6 +490,12 @@ def sound_net(folder):
     assert isinstance(settings, dict) and all(np.isfinite(a).all() for a in net.arrays().values())
 
 
+def as_png(content, rng):
+    with Image.open(io.BytesIO(content)) as image:
+        image.save(file := io.BytesIO(), "PNG")
+    return mutate(file.getvalue(), rng)
+
+
 def inside_gzip(content, rng):
     return gzip.compress(mutate(gzip.decompress(content), rng), 1)
 
@@ -526,7 +567,8 @@ def sets(folder):
 
 
 PLANS = [  # layout, file, share of 20,000, check, how it is damaged
-    ("voc", A, 4000, sound_voc, mutate), ("voc", "JPEGImages/a.jpg", 4000, sound_voc, mutate), ("voc", LIST, 500, sound, mutate),
+    ("voc", A, 4000, sound_voc, mutate), ("voc", "JPEGImages/a.jpg", 3500, sound_voc, mutate),
+    ("voc", "JPEGImages/a.jpg", 500, sound_voc, as_png), ("voc", LIST, 500, sound, mutate),
     ("yolo", LABEL, 2500, sound_yolo, mutate), ("yolo", "images/a.jpg", 1000, sound_yolo, mutate),
     ("yolo", "sets/train.txt", 500, sound_yolo, mutate),
     ("yolo", "classes.txt", 500, sound_yolo, mutate), ("coco", JSON, 2500, sound_coco, mutate), ("idx", PIXELS, 500, sound_idx, mutate),

@@ -128,6 +128,23 @@ def test_lists_of_one_class_are_no_splits(voc):
     assert splits(folder) == ["no_such", "train", "trainval", "val"]
 
 
+def test_sets_named_after_another_are_splits(voc):
+    folder = voc(a=annotation(), b=annotation())
+    for name, text in (("fold_train", "a\nb\n"), ("my_val", "\na"), ("val", "b"), ("a_val", "a 1\nb 2\n"), ("dog_val", "\na  0\nb -1\n")):
+        (folder / "ImageSets" / "Main" / f"{name}.txt").write_text(text)
+    assert splits(folder) == ["a_val", "fold_train", "my_val", "train", "val"]
+    assert [e.name for e in read_voc(folder, "my_val")[0]] == ["a"] and read_split(folder, "dog_val") == ["a", "b"]
+
+
+def test_names_of_images_hold_spaces(voc):
+    names = ["a", "a b", "a  1", "a 2"]
+    folder = voc(**{name: annotation(item(str(i), (1, 1, 5, 5))) for i, name in enumerate(names)})
+    examples, classes = read_voc(folder, "train")
+    assert [e.name for e in examples] == names and [classes[k] for e in examples for k in e.labels] == list("0123")
+    (folder / "ImageSets" / "Main" / "dog_train.txt").write_text("a b  1\na -1\na 2  0\n")
+    assert read_split(folder, "dog_train") == ["a b", "a", "a 2"]
+
+
 @pytest.mark.parametrize("text, message", [
     ("<annotation><object>", "a.xml must be plain XML, got: no element found"),
     ("", "a.xml must be plain XML, got: no element found"),

@@ -201,6 +201,31 @@ def test_yolo_split_folders(tmp_path, image, label):
     assert [e.name for e in data.read(tmp_path, "train")[0]] == ["val/a"]
 
 
+def test_yolo_folders_within_a_split_are_read(tmp_path):
+    for name in ("train/s1/b", "train/a", "train/s1/deep/b", "train/.hidden/x"):
+        picture(tmp_path / "images" / f"{name}.jpg")
+        (tmp_path / "labels" / f"{name}.txt").parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "labels" / f"{name}.txt").write_text("0 .5 .5 .5 .5")
+    put(tmp_path, classes_txt="thing")
+    assert data.splits(tmp_path) == ["train"]
+    for split in ("train", "all"):
+        examples, _ = data.read(tmp_path, split)
+        assert [e.name for e in examples] == ["train/a", "train/s1/b", "train/s1/deep/b"] and all(len(e.boxes) == 1 for e in examples)
+    put(tmp_path, train_txt="images/train/s1/b.jpg\n")
+    assert [e.name for e in data.read(tmp_path, "train")[0]] == ["train/s1/b"]
+
+
+@pytest.mark.parametrize("orphan", ["a.txt", "trian/a.txt", "train/b.txt", "train/s1/a.txt", "val/a.txt"])
+def test_yolo_label_files_without_image_in_split_folders(tmp_path, orphan):
+    picture(tmp_path / "images" / "train" / "a.jpg")
+    (tmp_path / "labels" / orphan).parent.mkdir(parents=True)
+    (tmp_path / "labels" / orphan).write_text("0 .5 .5 .5 .5")
+    put(tmp_path, classes_txt="thing")
+    for split in ("train", "all"):
+        with pytest.raises(FileNotFoundError, match=rf"^data\.read_yolo: .*{orphan} must belong to an image, but there is no "):
+            data.read(tmp_path, split)
+
+
 def test_yolo_class_names(tmp_path):
     write(tmp_path, "yolo")
     (tmp_path / "classes.txt").rename(tmp_path / "labels" / "classes.txt")      # as labelImg writes it
@@ -218,13 +243,14 @@ def test_yolo_class_names(tmp_path):
 def test_yolo_images_without_labels_are_counted_and_boxes_are_cut(tmp_path):
     write(tmp_path, "yolo")
     (tmp_path / "labels" / "b.txt").unlink()
-    put(tmp_path, labels__a_txt=lines("0 .025 .5 .1 .5", "0 1.005 .5 1.005 1.0001", "1 .05 .5 .14 .5", "1 1 1 .5 .5", "0 1 .5 0 .5"))
+    put(tmp_path, labels__a_txt=lines("0 .025 .5 .1 .5", "0 1.005 .5 1.005 1.0001", "1 .05 .5 .14 .5", "1 1 1 .5 .5", "0 1 .5 0 .5",
+                                          "0 .05 .5 .2 .5"))
     with pytest.warns(DefectWarning) as caught:
         (a, b), _ = data.read(tmp_path, "train")
-    assert_allclose(a.boxes, [[0, 7.5, 3, 22.5], [20.1, 0, 40, 30], [0, 7.5, 4.8, 22.5], [30, 22.5, 40, 30]], atol=1e-12)
+    assert_allclose(a.boxes, [[0, 7.5, 3, 22.5], [20.1, 0, 40, 30], [0, 7.5, 4.8, 22.5], [30, 22.5, 40, 30], [0, 7.5, 6, 22.5]], atol=1e-12)
     assert caught[0].message.found == {                             # the first and third leave the image by at most a pixel
         "images without a label file, taken as images without objects": ["b"], "degenerate boxes dropped": ["a.txt, line 5"],
-        "boxes cut at the border of the image": ["a.txt, line 2", "a.txt, line 4"]}
+        "boxes cut at the border of the image": ["a.txt, line 2", "a.txt, line 4", "a.txt, line 6"]}
     assert b.boxes.shape == (0, 4)
 
 
@@ -304,6 +330,22 @@ def test_class_folders_without_splits(tmp_path):
     with pytest.warns(DefectWarning, match=r"1 files that are no images passed over \(first in cat/Thumbs\.db\)"):
         examples, classes = data.read(tmp_path, "all")
     assert classes == ("cat", "dog") and [(e.name, e.tags.tolist()) for e in examples] == [("cat/a", [0]), ("cat/c", [0]), ("dog/b", [1])]
+
+
+@pytest.mark.parametrize("image, other", [
+    ("images/a.jpg", "annotations.json"), ("images/a.jpg", "annotations/a.xml"), ("images/train/a.jpg", "labels.json"),
+    ("obj_train_data/a.jpg", "obj_train_data/a.txt"), ("obj_train_data/a.jpg", "obj.names"), ("JPEGImages/a.jpg", "x.md"),
+    ("data/a.jpg", "x.md"), ("train/a.jpg", "train/a.xml"), ("pictures/a.jpg", "pictures/boxes.json"),
+    ("train/Images/a.jpg", "train/Labels/a.md"), ("cat/a.jpg", "annotations/a.md")])
+def test_images_with_annotations_are_no_class_folders(tmp_path, image, other):
+    picture(tmp_path / image)
+    (tmp_path / other).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / other).write_text("{}")
+    for call in (lambda: data.read(tmp_path, "all"), lambda: data.splits(tmp_path)):
+        with pytest.raises(ValueError, match=r"^data\.read: .* no annotations \(\.json, \.txt, \.xml\) among them .*\. Got none$"):
+            call()
+    with pytest.raises(FileNotFoundError, match=r"^data\.read_folders: a folder must hold <class>/.* no annotations"):
+        data.read_folders(tmp_path, "all")
 
 
 def test_class_folders_of_all_splits_give_the_classes(tmp_path):
@@ -400,7 +442,7 @@ def test_the_report_as_a_command(tmp_path):
     assert f"defect: 9 degenerate boxes dropped: {places}, and 4 more" in done.stdout
     assert (tmp_path / "runs" / f"data-{tmp_path.name}" / "train.png").is_file()
     content = (folder / "images" / "b.jpg").read_bytes()            # truncated: the header is right
-    (folder / "images" / "b.jpg").write_bytes(content[:len(content) // 2])
+    (folder / "images" / "b.jpg").write_bytes(content[:len(content) // 2] + b"\xff\xd9")
     done = run(folder, "--json", tmp_path / "r.json", cwd=tmp_path)
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: 1 images do not decode, first: data.read_image: ")
     assert "b.jpg must be a readable image" in done.stderr and len(json.loads((tmp_path / "r.json").read_text())["unreadable"]) == 1

@@ -58,8 +58,8 @@ def read_yolo(folder, split, classes=None):
     classes: label order; without a file of names, the names themselves.
     A line of a label file is `class x_centre y_centre width height`, relative to the image, in 0..1 (by 0.01 beyond it for rounding);
     confidences and polygons are errors. Corners up to one pixel outside are rounding and are cut in silence (CHOICE); further out
-    the cut is counted. A missing label file means no objects (CHOICE, counted), an empty one too. A label file without image is
-    an error.
+    the cut is counted. A missing label file means no objects (CHOICE, counted), an empty one too. A label file without image,
+    anywhere below the label folders, is an error. Sub-folders of a split are read too.
     Returns and raises as read. Order: that of the list, else by name.
     """
     return _told("read_yolo", folder, split, yolo.read(folder, split, classes))
@@ -89,6 +89,9 @@ def read_idx(folder, split, classes=None):
 
 def read_folders(folder, split, classes=None):
     """Read images in one folder a class, <split>/<class>/ or, with split "all", <class>/ alone. Labels are the Examples' tags.
+
+    Folders called images, labels, annotations and the like, or with text files beside the images, are no classes: such a folder is
+    of a layout that is not known.
 
     Classes: the names of the class folders of all splits, sorted. Files that are no images are counted in the warning.
     Returns and raises as read.

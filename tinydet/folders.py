@@ -8,7 +8,9 @@ import numpy as np
 from tinydet import images
 from tinydet.records import Example, given_classes, no_split, some
 
-LOOKS_LIKE = "<class>/*.jpg or <split>/<class>/*.jpg (image folders)"
+ANNOTATIONS = (".json", ".txt", ".xml")
+NO_CLASSES = ("images", "labels", "annotations", "jpegimages", "obj_train_data", "data")    # folders of sets with boxes
+LOOKS_LIKE = f"<class>/*.jpg or <split>/<class>/*.jpg, no annotations ({', '.join(ANNOTATIONS)}) among them (image folders)"
 
 
 def _below(folder):
@@ -20,8 +22,16 @@ def _holds_images(folder):
         return any(os.path.splitext(e.name)[1].lower() in images.ENDINGS for e in entries)
 
 
+def _has_boxes(folder):
+    """Is it of a set with boxes, by its name or by annotations beside its images?"""
+    return folder.name.lower() in NO_CLASSES or _holds_images(folder) and any(
+        p.suffix.lower() in ANNOTATIONS and not p.name.startswith(".") for p in folder.iterdir())
+
+
 def found(folder):
-    return any(_holds_images(p) or any(map(_holds_images, _below(p))) for p in _below(folder))
+    below = _below(folder)
+    every = below + [q for p in below for q in _below(p)]
+    return any(map(_holds_images, every)) and not any(map(_has_boxes, every))
 
 
 def _is_split(folder):
@@ -40,9 +50,9 @@ def splits(folder):
 def read(folder, split, classes=None):
     """Examples, classes, and defects (a dict of lists of places): see data.read_folders."""
     folder, defects, classes = Path(folder), collections.defaultdict(list), given_classes("data.read_folders", classes)
-    parts = splits(folder)
     if not found(folder):
         raise FileNotFoundError(f"data.read_folders: a folder must hold {LOOKS_LIKE}, got {folder}")
+    parts = splits(folder)
     if alone := [p.name for p in _below(folder) if parts and p.name not in parts and _holds_images(p)]:
         raise ValueError(f"data.read_folders: {folder} must hold either classes or splits, got class {alone[0]} beside split "
                          f"{parts[0]}")

@@ -2,6 +2,7 @@
 import collections
 import math
 import os
+import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from tinydet import images
 from tinydet.records import each_once, example, fitted, given_classes, inside, number, read_bytes, read_lines, some
 
 LOOKS_LIKE = "Annotations/ (VOC)"
+OF_CLASS = re.compile(r"(\S.*?)\s+(-1|0|1)")         # a line of a per-class list: image, and whether it shows the class
 DEPTH = 50                          # of nested XML elements
 
 
@@ -20,8 +22,15 @@ def found(folder):
 
 def splits(folder):
     """Names of the image sets: ImageSets/Main/*.txt, without the per-class lists `<class>_<split>`."""
-    names = {p.stem for p in (Path(folder) / "ImageSets" / "Main").glob("*.txt")}
-    return sorted(n for n in names if "_" not in n or n.rsplit("_", 1)[1] not in names)
+    paths = {p.stem: p for p in (Path(folder) / "ImageSets" / "Main").glob("*.txt")}
+    return sorted(n for n, p in paths.items() if "_" not in n or n.rsplit("_", 1)[1] not in paths or not _list(p)[1])
+
+
+def _list(path):
+    """The image names of a list, and whether it is one of a class: every line has a second column -1, 0 or 1."""
+    lines = [line for line in read_lines("data.read_split", path) if line]
+    matches = [OF_CLASS.fullmatch(line) for line in lines]
+    return ([m[1] for m in matches], True) if lines and all(matches) else (lines, False)
 
 
 def read_split(folder, split):
@@ -37,7 +46,7 @@ def read_split(folder, split):
         if not os.path.isfile(path):
             raise FileNotFoundError(f"data.read_split: there is no {path}; image sets here: {some(splits(folder))} (and \"all\": "
                                     "every annotation)")
-        names = [line.split()[0] for line in read_lines("data.read_split", path) if line]
+        names, _ = _list(path)
         for name in names:
             if len(inside("data.read_split", path, name).parts) > 1:
                 raise ValueError(f"data.read_split: {path} must hold names of images without folders, got {name}")

@@ -24,7 +24,7 @@ def _folders(folder):
         inner = [p for p in (folder / "images", folder / "labels") if os.path.isdir(p)]
         names = sorted({p.name for part in inner for p in part.iterdir() if p.is_dir() and not p.name.startswith(".")})
         pairs = {n: (folder / "images" / n, folder / "labels" / n) for n in names}
-        if not names or images.in_folder("data.read_yolo", folder / "images"):
+        if not names or images.in_folder("data.read_yolo", folder / "images") or _label_files(folder / "labels", False):
             pairs[""] = folder / "images", folder / "labels"
         return pairs
     parts = sorted(folder.iterdir()) if os.path.isdir(folder) else []
@@ -60,9 +60,8 @@ def read(folder, split, classes=None):
     if split in lists:
         found = _listed(folder, lists[split], pairs)
     elif split == "all" or split and split in pairs:
-        found = {}
-        for part in sorted(pairs) if split == "all" else [split]:
-            found.update(_part(part, *pairs[part]))
+        parts = {part: _part(part, *pairs[part]) for part in sorted(pairs)}     # all: a label file may lie in a wrong one
+        found = {name: both for part in parts if split in ("all", part) for name, both in parts[part].items()}
     else:
         raise no_split("data.read_yolo", folder, split, splits(folder))
     if not found:
@@ -85,21 +84,42 @@ def _class_files(folder):
 
 
 def _part(part, image_folder, label_folder):
-    """Image and label file of every image in a folder, by name. Raises FileNotFoundError for a label file without image."""
-    pictures = images.in_folder("data.read_yolo", image_folder)
-    for path in sorted(label_folder.glob("*.txt")):
-        if path.stem not in pictures and path.name != "classes.txt":
-            raise FileNotFoundError(f"data.read_yolo: {path} must belong to an image, but there is no "
-                                    f"{image_folder / path.stem}.jpg (or {', '.join(images.ENDINGS[1:])})")
-    return {f"{part}/{stem}".lstrip("/"): (path, label_folder / f"{stem}.txt") for stem, path in pictures.items()}
+    """Image and label file of every image of a part, by name. Raises FileNotFoundError for a label file without image."""
+    pictures = _pictures(part, image_folder, label_folder)
+    labels = {label for _, label in pictures.values()}
+    for path in _label_files(label_folder, bool(part)):
+        if path not in labels:
+            place = image_folder / path.relative_to(label_folder).with_suffix("")
+            raise FileNotFoundError(f"data.read_yolo: {path} must belong to an image, but there is no {place}.jpg (or "
+                                    f"{', '.join(images.ENDINGS[1:])})")
+    return pictures
+
+
+def _pictures(part, image_folder, label_folder):
+    """Image and label file of every image of a part, by name; those of a split also in folders below its own."""
+    found = {}
+    for below in _with_folders_below(image_folder) if part else [image_folder]:
+        label_place = label_folder / below.relative_to(image_folder)
+        for stem, path in images.in_folder("data.read_yolo", below).items():
+            found[(Path(part) / below.relative_to(image_folder) / stem).as_posix()] = path, label_place / f"{stem}.txt"
+    return found
+
+
+def _label_files(folder, deep):
+    places = _with_folders_below(folder) if deep else [folder]
+    return [p for place in places for p in sorted(place.glob("*.txt")) if p.name != "classes.txt"]
+
+
+def _with_folders_below(folder):
+    return [folder, *(p for p in sorted(folder.rglob("*"))
+                      if p.is_dir() and not any(name.startswith(".") for name in p.relative_to(folder).parts))]
 
 
 def _listed(folder, path, pairs):
     """Image and label file of every line of a split list: a name below images/, or the path of an image."""
     every = {}
     for part in pairs:
-        stems = images.in_folder("data.read_yolo", pairs[part][0])
-        every |= {f"{part}/{stem}".lstrip("/"): (p, pairs[part][1] / f"{stem}.txt") for stem, p in stems.items()}
+        every |= _pictures(part, *pairs[part])
     by_path, names = {p: name for name, (p, _) in every.items()}, []
     for i, line in enumerate(read_lines("data.read_yolo", path)):
         if line:
