@@ -20,7 +20,7 @@ def winner(x, mask, n, c):
             continue
         if math.isnan(x[n, i, j, c]):
             return i, j
-        if best is None or x[n, i, j, c] > x[n, *best, c]:
+        if best is None or x[n, i, j, c] > x[(n, *best, c)]:
             best = i, j
     return best
 
