@@ -93,21 +93,23 @@ def finite(op, **arrays):
             raise ValueError(f"{op}: {name} must be finite, got NaN or infinity")
 
 
+def integers(op, name, x, shape):
+    """Raise unless x is an array of integers of that shape (TypeError for the dtype, ValueError for the shape)."""
+    array(op, name, x)
+    if x.dtype.kind not in "iu":
+        raise TypeError(f"{op}: {name} must be integers, got {x.dtype}")
+    same_shape(op, shape, **{name: x})
+
+
 def ternary(op, y, shape):
     """Raise unless y is an integer array of that shape with values -1, 0 and 1 only."""
-    array(op, "labels", y)
-    if y.dtype.kind not in "iu":
-        raise TypeError(f"{op}: labels must be integers, got {y.dtype}")
-    same_shape(op, shape, labels=y)
+    integers(op, "labels", y, shape)
     if y.size and (int(y.min()) < -1 or int(y.max()) > 1):
         raise ValueError(f"{op}: labels must be -1, 0 or 1, got {int(y.min())}..{int(y.max())}")
 
 
 def labels(op, y, rows, K):
     """Raise unless y is an integer array (rows,) with values in -1..K-1; -1 stands for ignored."""
-    array(op, "labels", y)
-    if y.dtype.kind not in "iu":
-        raise TypeError(f"{op}: labels must be integers, got {y.dtype}")
-    same_shape(op, (rows,), labels=y)
+    integers(op, "labels", y, (rows,))
     if y.size and (int(y.min()) < -1 or int(y.max()) >= K):
         raise ValueError(f"{op}: labels must lie in -1..{K - 1}, got {int(y.min())}..{int(y.max())}")

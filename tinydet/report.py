@@ -114,17 +114,25 @@ def report(folder, sets=None):
     module = data.layout(folder)
     names = module.splits(folder)
     asked = sets or names or ["all"]
-    tried, failed = {}, {}
-    for s in [*asked, "all"]:
+    failed = {}
+
+    def attempt(split, classes=None):
         try:
-            tried[s] = module.read(folder, s)
+            return module.read(folder, split, classes)
         except (ValueError, OSError) as error:
-            failed[s] = error
-    if not any(s in tried for s in asked):
+            failed[split] = error
+
+    whole = attempt("all")
+    classes = whole and whole[1]                                    # one order of classes in every split
+    read = {s: whole if s == "all" else attempt(s, classes) for s in dict.fromkeys(asked)}
+    read = {s: part for s, part in read.items() if part}
+    if not read:
         raise failed[asked[0]]
-    classes = tried["all"][1] if "all" in tried else list(dict.fromkeys(c for s in asked if s in tried for c in tried[s][1]))
-    shown = [*(s for s in asked if s in tried), *["all"] * (sets is None and "all" in tried and len(names) > 1)]
-    read = {s: module.read(folder, s, classes) for s in dict.fromkeys(shown)}          # one order of classes in every split
+    if not whole:
+        classes = list(dict.fromkeys(c for part in read.values() for c in part[1]))
+        read = {s: module.read(folder, s, classes) for s in read}
+    elif sets is None and len(names) > 1:
+        read["all"] = whole
     every, pixels = {}, Pixels()
     for examples, _, _ in read.values():
         every.update((key_of(e), e) for e in examples)
