@@ -132,8 +132,7 @@ def test_dilation_is_a_kernel_with_zeros_between():
     ((3, 9, 7, 5), 3, (2, 1, 1)), ((2, 6, 8, 3), 1, (1, 0, 1)), ((2, 6, 8, 3), 1, (2, 0, 1)),
     ((3, 7, 8, 2), 3, (2, (2, 1, 0, 3), 2)), ((2, 6, 8, 3), 1, (1, (0, 0, 0, 1), 1)), ((2, 5, 9, 8), 3, (1, 1, 1)),
 ])
-def test_backends_agree_also_in_float32_transposed_and_in_blocks(shape, kernel, how, monkeypatch, all_threads):
-    monkeypatch.setattr(conv, "BLOCK", 300)                         # several blocks, the last one not full
+def test_backends_agree_also_in_float32_and_transposed(shape, kernel, how, all_threads):
     N, H, W, C = shape
     for dtype, tolerance in ((np.float64, 1e-12), (np.float32, 1e-5)):
         x, w, b = random((N, W, H, C), (4, C, kernel, kernel), (4,), dtype=dtype)
@@ -147,18 +146,6 @@ def test_backends_agree_also_in_float32_transposed_and_in_blocks(shape, kernel, 
         for a, b in zip(*results):
             assert a.dtype == b.dtype == dtype
             assert_allclose(a, b, rtol=tolerance, atol=tolerance * 10)
-
-
-def test_unrolled_blocks_keep_to_the_limit(monkeypatch):
-    """One output line unrolls to 5 * 12 numbers, one image to 3 such lines."""
-    images = []
-    monkeypatch.setattr(conv, "BLOCK", 360)
-    monkeypatch.setattr(conv, "_fold", lambda dcols, *_: images.append(len(dcols)))
-    x, w, b = random((3, 5, 6, 2), (3, 2, 2, 4), (4,))
-    assert [cols.shape for _, cols in conv._blocks(x, w, 1, (0, 0, 0, 0), 1)] == [(30, 12), (15, 12)]
-    with use("numba"):
-        conv.backward(*conv.forward(x, w, b))
-    assert images == [2, 1]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -194,9 +181,18 @@ def test_empty_batch_and_no_input_gradient(backend, size):
 def test_nan_reaches_the_windows_that_read_it_and_no_other(backend):
     x, w, b = random((1, 5, 5, 1), (3, 3, 1, 2), (2,))
     x[0, 0, 4, 0] = np.nan
-    with use(backend) as put:
+    with use(backend) as put, conv.exact():
         y, _ = conv.forward(put(x), put(w), put(b))
     assert_array_equal(np.isnan(to_numpy(y))[0, :, :, 1], [[0, 0, 1], [0, 0, 0], [0, 0, 0]])
+
+
+def test_winograd_spreads_nan_over_the_tiles_that_read_it_and_no_further():
+    x, w, b = random((2, 14, 14, 1), (3, 3, 1, 2), (2,))
+    x[0, 5, 7, 0] = np.nan                                          # read by output rows 3 to 5 and columns 5 to 7: tiles (0 and 1, 1)
+    y = conv.forward(x, w, b)[0]
+    assert np.isnan(y[0, 3:6, 5:8]).all()
+    y[0, :8, 4:8] = 0
+    assert np.isfinite(y).all()
 
 
 @pytest.mark.parametrize("change, error, message", [
@@ -229,3 +225,34 @@ def test_backward_errors():
         conv.backward(y[:, :, :1], cache)
     with pytest.raises(TypeError, match=r"^conv\.backward: dtypes must agree, got x float64, dy float32"):
         conv.backward(y.astype(np.float32), cache)
+
+
+@pytest.mark.parametrize("kernel, how, way", [
+    ((3, 3), (1, 1, 1), "winograd"), ((5, 5), (1, 0, 1), "winograd"), ((7, 7), (1, (1, 2, 0, 1), 1), "winograd"),
+    ((3, 3), (2, 1, 1), "direct"), ((3, 3), (1, 1, 2), "direct"), ((3, 5), (1, 1, 1), "direct"), ((2, 2), (1, 0, 1), "direct"),
+    ((1, 1), (1, 0, 1), "blas"), ((1, 1), (2, 0, 1), "direct"), ((1, 1), (1, (0, 1, 0, 0), 1), "direct"),
+])
+def test_which_way_serves_which_shape(kernel, how, way):
+    x, w, _ = random((1, 12, 13, 2), (*kernel, 2, 3), (3,))
+    stride, pad, dilation = how
+    assert conv.method(x, w, stride, pad if isinstance(pad, tuple) else (pad,) * 4, dilation) == way
+    with conv.exact():
+        assert conv.method(x, w, stride, pad if isinstance(pad, tuple) else (pad,) * 4, dilation) == way.replace("winograd", "direct")
+
+
+def test_exact_has_the_error_of_a_plain_sum_and_ends_with_its_block():
+    """Ones of both signs: every product and every partial sum is an integer, so only Winograd's fractions round."""
+    rng = np.random.default_rng(0)
+    x, w, b = (rng.choice([-1, 1], s).astype(np.float32) for s in ((2, 13, 11, 40), (3, 3, 40, 20), (20,)))
+    with use("numpy"):
+        expected, cache = conv.forward(x, w, b, 1, 1)
+        gradients = conv.backward(np.sign(expected) + 1, cache)
+    with conv.exact():
+        y, cache = conv.forward(x, w, b, 1, 1)
+        assert_array_equal(y, expected)
+        for a, e in zip(conv.backward(np.sign(expected) + 1, cache), gradients):
+            assert_array_equal(a, e)
+    assert (conv.forward(x, w, b, 1, 1)[0] != expected).any()
+    with pytest.raises(KeyError), conv.exact():
+        raise KeyError
+    assert conv.method(x, w, 1, (1, 1, 1, 1), 1) == "winograd"

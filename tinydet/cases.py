@@ -51,6 +51,14 @@ def _conv(rng):
     return lambda x, w, b: conv.forward(x, w, b, stride, pad, dilation), conv.backward, [x, w, b]
 
 
+def _square(size, stride=1):
+    """A kernel that ops/conv.py hands to conv_winograd.py or, with a stride, to conv_direct.py."""
+    def case(rng):
+        x, w, b = (rng.standard_normal(s) for s in ((2, size + 3, size + 1, 2), (size, size, 2, 3), (3,)))
+        return lambda x, w, b: conv.forward(x, w, b, stride, (1, 0, 2, 1)), conv.backward, [x, w, b]
+    return case
+
+
 def _max_pool(overlap, ceil):
     def draw(rng):
         size = int(rng.integers(2, 4))
@@ -274,6 +282,8 @@ def _running_averages(rng):
 
 CASES = [
     Case("conv", "stride, padding on each side, dilation", "gradient", _conv, 1e-5),
+    *(Case("conv_winograd", f"{r}x{r}", "gradient", _square(r), 1e-5) for r in (3, 5, 7)),
+    Case("conv_direct", "4x4, stride 3", "gradient", _square(4, 3), 1e-5),
     Case("linear", "", "gradient", lambda rng: (linear.forward, linear.backward, [rng.standard_normal(s) for s in ((4, 3), (3, 2), 2)]), 1e-5),
     Case("relu", "", "gradient", lambda rng: (relu.forward, relu.backward, [_map(rng)]), 0),
     Case("max_pool", "overlapping, floor", "gradient", _max_pool(True, False), 1e-6),

@@ -1,11 +1,11 @@
 """Convolution (cross-correlation with bias) over channels-last maps, with stride, zero padding and dilation."""
+import contextlib
+
 import numpy as np
-from numba import njit, prange
 
 from tinydet import checks
 from tinydet.backend import pick
-
-BLOCK = 1 << 20         # elements of the unrolled matrix that are in memory at a time (4 MB of float32)
+from tinydet.ops import conv_direct, conv_winograd
 
 
 def forward(x, w, b, stride=1, pad=0, dilation=1):
@@ -16,8 +16,8 @@ def forward(x, w, b, stride=1, pad=0, dilation=1):
     pad: one number for all sides, or (top, bottom, left, right): the first layer of Oquab et al. has (2, 1, 2, 1).
     x: (N, H, W, C), w: (kh, kw, C, Cout), b: (Cout,), one dtype, float32 or float64.
     Returns y (N, oh, ow, Cout), oh = (H + top + bottom - dilation*(kh - 1) - 1)//stride + 1, same dtype, and cache.
-    N = 0 gives an empty y. Raises ValueError if shapes do not fit or the image holds no complete window, TypeError for
-    other or mixed dtypes.
+    N = 0 gives an empty y. NaN and infinity reach the windows that read them; on Winograd's way (see method) others of their tile, too.
+    Raises ValueError if shapes do not fit or the image holds no complete window, TypeError for other or mixed dtypes.
     """
     op = "conv.forward"
     checks.float_array(op, "x", x, "(N, H, W, C)")
@@ -84,94 +84,59 @@ def _backward_numpy(dy, x, w, stride, pad, dilation, need_dx, need_dw):
     return dpadded[:, top:top + x.shape[1], left:left + x.shape[2]] if need_dx else None, dw if need_dw else None
 
 
-# Numba: unroll a block of windows into a matrix, one BLAS product for the block. Figures: examples/bench_ops.py
+# Numba: fewer products, products in registers, or BLAS
+
+def method(x, w, stride, pad, dilation):
+    """Which of three ways the Numba backend goes: "blas", "winograd" or "direct". Figures: examples/bench_cpu.py
+
+    kernel            stride, dilation      way         y and dx computed as                 float32 error (largest / largest value)
+    1x1, no padding   1                     blas        one matrix product                   1e-6
+    3x3, 5x5, 7x7     1, 1                  winograd    conv_winograd.py, 1/4 to 1/7 of the  1e-5
+                                                        multiplications
+    all others                              direct      conv_direct.py                       1e-6
+
+    exact() chooses direct in place of winograd.
+    """
+    kh, kw = w.shape[:2]
+    if kh == kw == stride == 1 and not any(pad):
+        return "blas"
+    if kh == kw and kh in conv_winograd.TILES and stride == dilation == 1 and not _exact:
+        return "winograd"
+    return "direct"
+
+
+_exact = False
+
+
+@contextlib.contextmanager
+def exact():
+    """Context manager: no Winograd inside; every product of the formula is made, with the rounding errors of a plain sum."""
+    global _exact
+    before, _exact = _exact, True
+    try:
+        yield
+    finally:
+        _exact = before
+
 
 def _forward_numba(x, w, b, stride, pad, dilation):
-    oh, ow = output_size(x, w, stride, pad, dilation)
-    y = np.empty((len(x), oh, ow, w.shape[3]), x.dtype)
-    matrix, out = np.ascontiguousarray(w).reshape(-1, w.shape[3]), y.reshape(-1, w.shape[3])
-    for rows, cols in _blocks(x, w, stride, pad, dilation):
-        np.matmul(cols, matrix, out=out[rows])
-    y += b
-    return y
+    x, w, b = (np.ascontiguousarray(a) for a in (x, w, b))
+    way = method(x, w, stride, pad, dilation)
+    if way == "blas":
+        y = (x.reshape(-1, x.shape[3]) @ w[0, 0]).reshape(*x.shape[:3], w.shape[3])
+        y += b
+        return y
+    if way == "winograd":
+        return conv_winograd.forward(x, w, b, pad)
+    return conv_direct.forward(x, w, b, stride, pad, dilation, output_size(x, w, stride, pad, dilation))
 
 
 def _backward_numba(dy, x, w, stride, pad, dilation, need_dx, need_dw):
-    dy = np.ascontiguousarray(dy)
-    flat, matrix = dy.reshape(-1, w.shape[3]), np.ascontiguousarray(w).reshape(-1, w.shape[3])
-    dw = np.zeros_like(matrix) if need_dw else None
-    if need_dw:
-        for rows, cols in _blocks(x, w, stride, pad, dilation):
-            dw += cols.T @ flat[rows]
-        dw = dw.reshape(w.shape)
-    return _input_gradient(dy, flat, matrix, x, w, stride, pad, dilation) if need_dx else None, dw
-
-
-def _input_gradient(dy, flat, matrix, x, w, stride, pad, dilation):
-    N, C, (kh, kw) = len(x), x.shape[3], w.shape[:2]
-    if kh == kw == stride == 1 and not any(pad):
-        return (flat @ matrix.T).reshape(x.shape)
-    dx = np.empty(x.shape, x.dtype)
-    pixels = dy.shape[1] * dy.shape[2]
-    some = max(1, BLOCK // max(1, pixels * len(matrix)))                 # images whose unrolled gradient fits a block
-    for n in range(0, N, some):
-        dcols = flat[n * pixels:(n + some) * pixels] @ matrix.T
-        _fold(dcols.reshape(-1, *dy.shape[1:3], kh, kw, C), dx[n:n + some], stride, pad[0], pad[2], dilation)
-    return dx
-
-
-def _blocks(x, w, stride, pad, dilation):
-    """Yield (rows, cols): cols holds the windows of those output rows, one a line, kh*kw*C long."""
-    (kh, kw, C, _), (oh, ow) = w.shape, output_size(x, w, stride, pad, dilation)
-    if kh == kw == stride == 1 and not any(pad):
-        yield slice(None), np.ascontiguousarray(x).reshape(-1, C)        # a 1x1 convolution needs no unrolling
-        return
-    x = np.ascontiguousarray(x)
-    lines = len(x) * oh                                                  # output lines (n, i) in all, and per block
-    some = max(1, BLOCK // (ow * kh * kw * C))
-    for start in range(0, lines, some):
-        count = min(some, lines - start)
-        cols = np.empty((count, ow, kh, kw, C), x.dtype)
-        _unfold(x, cols, start, oh, stride, pad[0], pad[2], dilation)
-        yield slice(start * ow, (start + count) * ow), cols.reshape(count * ow, -1)
-
-
-@njit(cache=True, parallel=True)
-def _unfold(x, cols, start, oh, stride, top, left, dilation):
-    H, W = x.shape[1:3]
-    count, ow, kh, kw, C = cols.shape
-    for line in prange(count):
-        n, i = divmod(start + np.int64(line), oh)         # prange counts unsigned: mixed with int64 it turns to float
-        for j in range(ow):
-            for u in range(kh):
-                row = i * stride + u * dilation - top
-                for v in range(kw):
-                    col = j * stride + v * dilation - left
-                    if 0 <= row < H and 0 <= col < W:
-                        for c in range(C):
-                            cols[line, j, u, v, c] = x[n, row, col, c]
-                    else:
-                        for c in range(C):
-                            cols[line, j, u, v, c] = 0
-
-
-@njit(cache=True, parallel=True)
-def _fold(dcols, dx, stride, top, left, dilation):
-    """The adjoint of _unfold as a gather: each input pixel adds up the windows that read it."""
-    N, H, W, C = dx.shape
-    oh, ow, kh, kw = dcols.shape[1:5]
-    for line in prange(N * H):
-        n, row = divmod(np.int64(line), H)
-        for col in range(W):
-            for c in range(C):
-                dx[n, row, col, c] = 0
-            for u in range(kh):
-                y = row + top - u * dilation                # the window's first row in the padded image
-                if y < 0 or y % stride or y // stride >= oh:
-                    continue
-                for v in range(kw):
-                    x = col + left - v * dilation
-                    if x < 0 or x % stride or x // stride >= ow:
-                        continue
-                    for c in range(C):
-                        dx[n, row, col, c] += dcols[n, y // stride, x // stride, u, v, c]
+    dy, x, w = (np.ascontiguousarray(a) for a in (dy, x, w))
+    way = method(x, w, stride, pad, dilation)
+    if way == "blas":
+        rows, right = x.reshape(-1, x.shape[3]), dy.reshape(-1, w.shape[3])
+        return (right @ w[0, 0].T).reshape(x.shape) if need_dx else None, (rows.T @ right).reshape(w.shape) if need_dw else None
+    if way == "winograd":
+        return conv_winograd.backward(dy, x, w, pad, need_dx, need_dw)
+    return conv_direct.backward(dy, x, w, stride, pad, dilation, need_dx, need_dw)
