@@ -75,12 +75,12 @@ EQUIVALENT = {
         "rules out fewer pairs early: speed only",
     "tinydet/ops/merge.py: return kind != 2 and bound >= 0 and dx * dx + dy * dy > bound * bound * area * (1 + 1e-9)      # \"diff\" has no such bound -> return kind != 2 and bound >= -1 and dx * dx + dy * dy > bound * bound * area * (1 + 1e-9)      # \"diff\" has no such bound":
         "scores of these kinds are never negative, so above a negative bound anyway",
+    "tinydet/ops/assign.py: for m in range(p * PART, min((p + 1) * PART, len(anchors))): -> for m in range(p / PART, min((p + 1) * PART, len(anchors))):":
+        "goes through the anchors of earlier parts again, to the same result",
     "tinydet/ops/logistic_loss.py: return xp.where(x >= 0, 1, e) / (1 + e) -> return xp.where(x > 0, 1, e) / (1 + e)":
         "at 0 both are 1/2",
     "tinydet/ops/max_pool.py: H, W = (oh - 1) * stride + reach[0], (ow - 1) * stride + reach[1]   # of the padded image, as far as windows reach -> H, W = (oh - 0) * stride + reach[0], (ow - 1) * stride + reach[1]   # of the padded image, as far as windows reach":
         "a larger buffer of padding",
-    "tinydet/ops/max_pool.py: for i in range(max(0, (y - size + stride) // stride), min(oh - 1, y // stride) + 1): -> for i in range(max(0, (y - size + stride) // stride), min(oh - 1, y * stride) + 1):":
-        "windows that begin below the pixel give it a negative place, which no argmax has",
     "tinydet/ops/merge.py: a = -1 -> a = -2":
         "only its sign is read",
     "tinydet/ops/offset_pool.py: F = array_module(maps[0]).zeros((len(maps[0]), H, W, maps[0].shape[3]), maps[0].dtype) -> F = array_module(maps[0]).zeros((len(maps[-1]), H, W, maps[0].shape[3]), maps[0].dtype)":

@@ -10,7 +10,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from conftest import BACKENDS, distinct_NHWC, seeds
 from tinydet import to_numpy, use
 from tinydet.gradcheck import check_grad
-from tinydet.ops import batch_norm, conv, linear
+from tinydet.ops import batch_norm, conv, linear, relu
 
 
 def statistics(x):
@@ -55,6 +55,36 @@ def test_gradient(backend, case):
         check_grad(batch_norm.forward, batch_norm.backward, [x, gamma, beta], put=put)
         check_grad(lambda x, gamma, beta: batch_norm.forward_frozen(x, gamma, beta, put(mean), put(var)), batch_norm.backward,
                    [x, gamma, beta], put=put)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype, tolerance", [(np.float32, 1e-5), (np.float64, 1e-12)])
+@given(case=cases(), seed=seeds)
+def test_with_relu_it_is_relu_behind_it(backend, dtype, tolerance, case, seed):
+    """In training and frozen: the same y to the bit, so that the same pixels pass the gradient."""
+    case = [a.astype(dtype) for a in case]
+    dy = np.random.default_rng(seed).standard_normal(case[0].shape).astype(dtype)
+    with use(backend) as put:
+        for run, inputs in ((batch_norm.forward, case[:3]), (batch_norm.forward_frozen, case)):
+            y, cache = run(*map(put, inputs), 0.1, True)[:2]
+            plain, plain_cache = run(*map(put, inputs), 0.1)[:2]
+            expected, relu_cache = relu.forward(plain)
+            assert_array_equal(to_numpy(y), to_numpy(expected), strict=True)
+            for a, b in zip(batch_norm.backward(put(dy), cache), batch_norm.backward(relu.backward(put(dy), relu_cache), plain_cache)):
+                assert_allclose(to_numpy(a), to_numpy(b), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_relu_keeps_nan_and_passes_no_gradient_at_zero_or_nan(backend):
+    """The NaN lies in a channel of its own: its dgamma is NaN."""
+    x = np.array([[-1.0, 0, 2], [np.nan, 1, -1]]).T.reshape(1, 1, 3, 2)
+    with use(backend) as put:
+        given = [put(np.full(2, v)) for v in (2.0, 0.0, 0.0, 1.0)]
+        y, cache = batch_norm.forward_frozen(put(x), *given, 0.0, relu=True)
+        dx, _, dbeta = batch_norm.backward(put(np.ones(x.shape)), cache)
+    assert_array_equal(to_numpy(y)[0, 0], np.array([[0, 0, 4], [np.nan, 2, 0]]).T)
+    assert_array_equal(to_numpy(dx)[..., 0], [[[0, 0, 2]]])
+    assert_array_equal(to_numpy(dbeta), [1, 1])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -122,15 +152,36 @@ def test_backends_agree_also_in_float32_transposed_and_over_many_rows(all_thread
         assert_allclose(results[0][2], statistics(x)[1], rtol=tolerance)
 
 
-def test_the_number_of_threads_changes_no_bit(all_threads):
-    x = np.random.default_rng(0).standard_normal((3, 21, 11, 5))
+@pytest.mark.parametrize("shape", [(3, 21, 11, 5), (2, 64, 48, 3), (1, 97, 1, 70), (1, 5, 40, 500), (1, 1, 1, 3)])
+def test_the_number_of_threads_changes_no_bit(shape, all_threads):
+    """Also where rows are widened, and in more than PARTS blocks; the last of them is shorter."""
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     results = []
     for threads in (1, numba.config.NUMBA_NUM_THREADS):
         numba.set_num_threads(threads)
-        y, cache, _ = batch_norm.forward(x, np.ones(5), np.zeros(5))
-        results.append((y, *batch_norm.backward(x, cache)))
+        y, cache, moments = batch_norm.forward(x, np.ones(shape[3], np.float32), np.zeros(shape[3], np.float32))
+        results.append((y, *moments, *batch_norm.backward(x, cache)))
     for a, b in zip(*results):
         assert_array_equal(a, b)
+    assert_allclose(results[0][1:3], statistics(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mean, std", [(0, 1), (1e4, 1), (-3e5, 10), (1, 1e-4)])
+@pytest.mark.parametrize("shape", [(4, 50, 40, 8), (3, 51, 41, 3)])
+def test_float32_sums_keep_their_digits_over_many_rows_and_about_a_large_mean(shape, mean, std):
+    rng = np.random.default_rng(0)
+    x = (mean + std * rng.standard_normal(shape)).astype(np.float32)
+    x[0, 0, 0] = mean + 9 * std                             # far from the mean
+    dy, one = rng.standard_normal(shape).astype(np.float32) + 1, np.ones(shape[3], np.float32)
+    y, cache, (m, v) = batch_norm.forward(x, one, 0 * one, 0.0)
+    exact = statistics(x)
+    assert_allclose(m, exact[0], rtol=1e-7, atol=1e-8 * std)
+    assert_allclose(v, exact[1], rtol=1e-6)
+    _, dgamma, dbeta = batch_norm.backward(dy, cache)
+    rows = x.size // shape[3]
+    h = (x - m.astype(float)) / np.sqrt(v.astype(float))
+    assert_allclose(dbeta / rows, dy.astype(float).mean((0, 1, 2)), rtol=1e-6)
+    assert_allclose(dgamma / rows, (dy * h).mean((0, 1, 2)), atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -19,8 +19,8 @@ def conv(Cin, Cout, size=3, seed=0, **options):
     return layer
 
 
-def norm(C):
-    layer = BatchNorm(C, dtype=np.float64)
+def norm(C, **options):
+    layer = BatchNorm(C, dtype=np.float64, **options)
     rng = np.random.default_rng(C)
     for a in layer.arrays().values():
         a += rng.random(C)
@@ -193,6 +193,16 @@ def test_fold_answers_as_the_net_does_with_fewer_layers():
     for k, v in net.arrays().items():
         assert_array_equal(v, before[k])
     assert folded.grads.keys() == folded.params.keys() and net.parts.keys() != folded.parts.keys()
+
+
+def test_fold_keeps_the_relu_of_a_batch_norm_in_its_place():
+    """And folds nothing through it."""
+    net = Sequential(conv(2, 3), norm(3), norm(3, relu=True), norm(3), conv(3, 2, seed=1), norm(2, relu=True))
+    x, folded = distinct((2, 6, 5, 2), 0), fold(net)
+    assert (net(x) == 0).any()
+    assert_allclose(folded(x), net(x), rtol=1e-12, atol=1e-12)
+    assert {k: repr(layer) for k, layer in folded.leaves().items()} == {
+        "0": "Conv2D 3x3/1 2 -> 3, pad 1", "2": "ReLU", "3": "BatchNorm", "4": "Conv2D 3x3/1 3 -> 2, pad 1", "5": "ReLU"}
 
 
 def test_fold_leaves_a_convolution_of_another_kind_alone():

@@ -48,8 +48,9 @@ def test_every_op_layer_and_optimiser_has_a_case():
     assert {m.name for m in pkgutil.iter_modules(tinydet.ops.__path__)} <= named
     classes = {k for k, c in vars(layers).items() if isinstance(c, type) and issubclass(c, layers.Layer) and "forward" in vars(c)}
     assert classes == cases.LAYERS.keys() <= named
-    optimisers = {k for k, c in vars(optim).items() if isinstance(c, type) and k != "Optimizer"}
-    functions = {k for k, f in inspect.getmembers(optim, inspect.isfunction) if not k.startswith("_")}
+    own = {k: f for k, f in vars(optim).items() if getattr(f, "__module__", "") == "tinydet.optim" and not k.startswith("_")}
+    optimisers = {k for k, c in own.items() if isinstance(c, type) and k != "Optimizer"}
+    functions = {k for k, f in own.items() if inspect.isfunction(f)}
     assert optimisers and optimisers <= named and functions <= named | {"step_schedule", "cosine_schedule"}      # these two: "schedules"
 
 

@@ -65,7 +65,7 @@ def trained(voc, tmp_path_factory):
 def weights(tmp_path_factory):
     """Weights of an untrained net that is sure of itself: it detects something everywhere."""
     net = overfeat.OverFeat(overfeat.Spec(scenes.CLASSES, (1.0, 0.5), k=3), np.random.default_rng(0))
-    net.params["classifier.4.w"][...] *= 100
+    net.params["classifier.3.w"][...] *= 100
     path = tmp_path_factory.mktemp("weights") / "weights.npz"
     overfeat.save(net, path, {"merging": "merge", "threshold": 0.6, "cut": {name: 2.5 for name in scenes.CLASSES}})
     return path

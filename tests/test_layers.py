@@ -22,6 +22,8 @@ def conv(Cin=2, Cout=2, size=3, **options):
 
 
 VARIANTS = {"Conv2D dilated": lambda rng: conv(size=2, dilation=2), "Conv2D frozen": lambda rng: conv().freeze(),
+            "BatchNorm with ReLU": lambda rng: BatchNorm(2, dtype=np.float64, relu=True),
+            "BatchNorm with ReLU frozen": lambda rng: BatchNorm(2, frozen=True, dtype=np.float64, relu=True),
             "BatchNorm frozen": lambda rng: BatchNorm(2, frozen=True, dtype=np.float64),
             "Linear frozen": lambda rng: Sequential(layers.Flatten(), Linear(40, 3, rng=rng, dtype=np.float64).freeze()),
             "Dropout by map": lambda rng: Dropout(0.3, by_map=True, inverted=False)}
@@ -118,6 +120,19 @@ def test_batch_norm_learns_the_statistics_that_it_uses_at_test_time():
     layer.frozen = True
     assert_array_equal(layer.forward(x, train=True)[0], layer(x))
     assert_allclose(layer.state["mean"], mean, rtol=1e-12)
+
+
+def test_a_batch_norm_with_relu_is_relu_behind_a_batch_norm():
+    """In training and at test time: outputs, running averages and gradients."""
+    one, two, x = BatchNorm(2, dtype=np.float64, relu=True), Sequential(BatchNorm(2, dtype=np.float64), ReLU()), distinct((2, 5, 4, 2), 0)
+    for train in (True, False):
+        y, cache = one.forward(x, train)
+        expected, two_cache = two.forward(x, train)
+        assert_array_equal(y, expected)
+        assert 0 < (y == 0).sum() < y.size
+        assert_allclose(one.backward(x, cache), two.backward(x, two_cache), rtol=1e-12, atol=1e-12)
+    for a, b in zip([*one.arrays().values(), *one.grads.values()], [*two.arrays().values(), *two.grads.values()], strict=True):
+        assert_allclose(a, b, rtol=1e-12, atol=1e-12)
 
 
 def test_classical_dropout_scales_at_test_time_and_by_map_drops_whole_channels():
@@ -255,10 +270,11 @@ def test_unfit_settings_are_refused_when_a_layer_is_made(build, error, message):
 def test_layers_tell_their_settings():
     assert [repr(layer) for layer in (
         Conv2D(3, 4, 5, stride=2, pad=(2, 1, 2, 1), dilation=3, rng=rng()), Linear(3, 4, rng=rng()), MaxPool(3, 2, 1, ceil=True), MaxPool(2),
-        LRN(), LRN(3, 0.5, 0.6, 2.0, False), layers.Upsample(), Dropout(0.25, True, False), ReLU())] == [
+        LRN(), LRN(3, 0.5, 0.6, 2.0, False), layers.Upsample(), Dropout(0.25, True, False), ReLU(),
+        BatchNorm(2), BatchNorm(2, relu=True))] == [
         "Conv2D 5x5/2 3 -> 4, pad (2, 1, 2, 1), dilation 3", "Linear 3 -> 4", "MaxPool 3/2, pad 1, ceil", "MaxPool 2/2",
         "LRN 5 channels, alpha 0.0001, beta 0.75, k 1.0", "LRN 3 channels, alpha 0.5, beta 0.6, k 2.0, alpha undivided", "Upsample x2",
-        "Dropout 0.25 by map, classical", "ReLU"]
+        "Dropout 0.25 by map, classical", "ReLU", "BatchNorm", "BatchNorm + ReLU"]
 
 
 def test_a_composite_is_frozen_when_all_that_could_train_is():

@@ -133,6 +133,41 @@ def test_block_borders(n):
         assert run(backend, boxes, scores, 0.5, groups=groups).tolist() == grouped
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("n", [1, 63, 64, 65, 127, 128, 129, 300])
+def test_a_box_meets_every_kept_box_of_its_group(backend, n):
+    """n places apart, each with two boxes of either group on it: of these the better stays, wherever the other kept ones lie."""
+    place, groups = np.tile(np.arange(n), 4), np.repeat([5, -3, 5, -3], n)
+    boxes = place[:, None] * 10 + np.array([0.0, 0, 8, 8])
+    for seed in range(3):
+        scores = np.random.default_rng(seed).permutation(4 * n) / 4
+        order = np.argsort(-scores)
+        better = np.unique(np.stack([place, groups], 1)[order], axis=0, return_index=True)[1]
+        expected = order[np.sort(better)]
+        assert_array_equal(run(backend, boxes, scores, 0.5, groups=groups), expected)
+        assert_array_equal(run(backend, boxes, scores, 0.5, groups=groups, limit=n), expected[:n])
+        alone = order[np.sort(np.unique(place[order], return_index=True)[1])]
+        assert_array_equal(run(backend, boxes, scores, 0.5), alone)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("inclusive", [False, True])
+@pytest.mark.parametrize("plus_one", [False, True])
+def test_numba_equals_numpy_where_hundreds_are_kept(dtype, inclusive, plus_one):
+    """Coordinates in tenths of a pixel, thresholds that are IoUs of pairs: the last bit decides."""
+    rng = np.random.default_rng(0)
+    corner = rng.integers(0, 4000, (800, 2))
+    boxes = (np.concatenate([corner, corner + rng.integers(100, 400, (800, 2))], 1) / 10).astype(dtype)
+    boxes, scores, groups = np.concatenate([boxes, boxes + dtype(0.7)]), rng.integers(0, 500, 1600).astype(dtype), rng.integers(0, 3, 1600)
+    overlap = np.unique(iou(boxes[:800], boxes[800:], plus_one))
+    for threshold in (0, *overlap[len(overlap) // 2::len(overlap) // 8]):
+        for names in (None, groups):
+            expected = run("numpy", boxes, scores, float(threshold), inclusive, plus_one, groups=names)
+            assert_array_equal(run("numba", boxes, scores, float(threshold), inclusive, plus_one, groups=names), expected, strict=True)
+            assert_array_equal(run("numba", boxes, scores, float(threshold), inclusive, plus_one, 70, names), expected[:70])
+    assert len(expected) > 500
+
+
 def test_numba_equals_numpy_in_float32_at_the_threshold_and_transposed():
     boxes, scores = crowd(300, dtype=np.float32)
     boxes = np.concatenate([boxes, boxes + np.float32(0.1)]).round(1)   # many IoU within float32 rounding of a threshold

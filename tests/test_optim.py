@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.testing import assert_allclose, assert_array_equal
+from numpy.testing import assert_allclose, assert_array_equal, assert_array_max_ulp
 
-from conftest import seeds
+from conftest import BACKENDS, seeds
+from tinydet import optim, use
 from tinydet.layers import Layer, Sequential
 from tinydet.optim import SGD, AdaGrad, clip_norm, clip_value, cosine_schedule, step_schedule
 
@@ -85,6 +86,45 @@ def test_plain_sgd_keeps_the_order_of_its_operations(dtype):
         sgd.step(lr)
     assert_array_equal(layer.params["w"], w, strict=True)
     assert_array_equal(sgd.state["w"], v, strict=True)
+
+
+@pytest.mark.parametrize("form", ["plain", "caffe"])
+@pytest.mark.parametrize("decay", [0.0, 1e-3])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_backends_take_the_same_steps_also_on_many_threads_and_strided_arrays(form, decay, dtype, all_threads):
+    """b is longer than a part, and not a multiple of it."""
+    nets = []
+    for backend in BACKENDS:
+        rng = np.random.default_rng(0)
+        layer = Layer(w=rng.standard_normal((3, 500)).astype(dtype), b=rng.standard_normal(3 * optim.PART + 7).astype(dtype),
+                      strided=rng.standard_normal((6, 8)).astype(dtype)[::2, ::3], none=np.zeros((0, 3), dtype))
+        sgd = SGD(layer, 0.9, decay, decay_all=True, form=form, rates={"b": 2})
+        with use(backend):
+            for lr in (0.1, 0.03):
+                draw(layer, rng)
+                sgd.step(lr)
+        assert not any(g.any() for g in layer.grads.values())
+        nets.append({**layer.params, **{f"state of {k}": v for k, v in sgd.state.items()}})
+    for k in nets[0]:
+        assert_array_max_ulp(nets[1][k], nets[0][k], 1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_bad_number_is_found_wherever_it_stands(backend, dtype, bad, all_threads):
+    for size in (1, 100, optim.PART, 3 * optim.PART + 7):
+        layer = Layer(a=np.ones(5, dtype), b=np.ones(size, dtype))
+        layer.grads["a"] += 1
+        with use(backend):
+            for at in {0, size // 2, size - 1}:
+                layer.grads["b"][...] = np.finfo(dtype).max
+                layer.grads["b"][at] = bad
+                with pytest.raises(FloatingPointError, match=r"^SGD\.step: the gradient of b is not finite"):
+                    SGD(layer).step(0.1)
+            assert (layer.params["a"] == 1).all() and (layer.params["b"] == 1).all() and (layer.grads["a"] == 1).all()
+            layer.grads["b"][...] = -np.finfo(dtype).max            # the largest is finite
+            SGD(layer).step(0.0)
 
 
 def test_the_forms_of_sgd_agree_until_the_learning_rate_changes():

@@ -24,19 +24,25 @@ def test_gradient(backend, x):
         check_grad(relu.forward, relu.backward, [x], put=put)
 
 
-def test_kink_nan_and_dtype():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_kink_nan_and_dtype(backend):
     x = np.array([-2, -0.0, 0, 3, np.nan, np.inf], np.float32)
-    y, cache = relu.forward(x)
-    assert_array_equal(y, np.array([0, 0, 0, 3, np.nan, np.inf], np.float32), strict=True)
-    assert_array_equal(relu.backward(np.ones(6, np.float32), cache), np.array([0, 0, 0, 1, 0, 1], np.float32), strict=True)
+    with use(backend) as put:
+        y, cache = relu.forward(put(x))
+        dx = relu.backward(put(np.ones(6, np.float32)), cache)
+    assert_array_equal(to_numpy(y), np.array([0, 0, 0, 3, np.nan, np.inf], np.float32), strict=True)
+    assert_array_equal(to_numpy(dx), np.array([0, 0, 0, 1, 0, 1], np.float32), strict=True)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(0, 3), (1,), (2, 3), (2, 3, 4, 5)])
-def test_any_shape_empty_and_transposed(shape):
+def test_any_shape_empty_and_transposed(backend, shape):
     x = distinct(shape, 0).T
-    y, cache = relu.forward(x)
-    assert_array_equal(y, np.where(x > 0, x, 0))
-    assert_array_equal(relu.backward(x, cache), y)
+    with use(backend) as put:
+        y, cache = relu.forward(put(x))
+        dx = relu.backward(put(x), cache)
+    assert_array_equal(to_numpy(y), np.where(x > 0, x, 0))
+    assert_array_equal(to_numpy(dx), y)
 
 
 def test_errors():

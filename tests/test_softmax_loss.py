@@ -1,5 +1,6 @@
 import math
 
+import numba
 import numpy as np
 import pytest
 from hypothesis import given
@@ -55,10 +56,53 @@ def test_a_shift_changes_nothing_and_nothing_overflows(case, shift):
     assert_allclose(dx.sum(1), 0, atol=1e-12)
 
 
-def test_far_logits():
-    value, dx = softmax_loss.loss(np.array([[1000.0, -1000], [-1000, 1000]]), np.array([0, 0]))
-    assert value == 1000
-    assert_array_equal(dx, [[0, 0], [-0.5, 0.5]])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_far_logits(backend):
+    for dtype in (np.float32, np.float64):
+        with use(backend) as put:
+            value, dx = softmax_loss.loss(put(np.array([[1000, -1000], [-1000, 1000]], dtype)), put(np.array([0, 0])))
+            assert value == 1000
+            assert_array_equal(to_numpy(dx), np.array([[0, 0], [-0.5, 0.5]], dtype), strict=True)
+            value, dx = softmax_loss.loss(put(np.array([[0, -np.inf, 0, -1e30]], dtype)), put(np.array([2])))     # classes left out
+            assert_allclose(value, math.log(2), rtol=1e-6)
+            assert_array_equal(to_numpy(dx), np.array([[0.5, 0, -0.5, 0]], dtype), strict=True)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_probabilities_keep_their_digits_down_to_the_smallest(dtype):
+    """Of logits 0 and -z, as far as exp(-z) is a normal number. exp, the division by the sum and the product round once each or so."""
+    with use("numba"):
+        for z in np.linspace(0, -np.log(np.finfo(dtype).tiny) * 0.99, 1001).astype(dtype):
+            _, dx = softmax_loss.loss(np.array([[0, -z]], dtype), np.array([0]))
+            p = np.exp(-z.astype(np.longdouble)) / (1 + np.exp(-z.astype(np.longdouble)))
+            assert abs(dx[0, 1] - p) <= 2 * np.spacing(dtype(p)), z
+
+
+def test_backends_agree_over_many_rows_and_threads_change_no_bit(all_threads):
+    """Blocks of several rows, of one row, and one that is not full; some rows have no label."""
+    for R, K in ((1000, 21), (7, 1000), (600, 1), (26, 100)):
+        for dtype, tolerance in ((np.float32, 2e-6), (np.float64, 1e-13)):
+            x, labels = 3 * np.random.default_rng(0).standard_normal((R, K)).astype(dtype), np.random.default_rng(1).integers(-1, K, R)
+            results = []
+            for threads in (1, numba.config.NUMBA_NUM_THREADS):
+                numba.set_num_threads(threads)
+                results.append(softmax_loss.loss(x, labels))
+            assert results[0][0] == results[1][0]
+            assert_array_equal(results[0][1], results[1][1])
+            with use("numpy"):
+                value, dx = softmax_loss.loss(x, labels)
+            assert_allclose(results[0][0], value, rtol=tolerance, atol=tolerance)
+            assert_allclose(R * results[0][1], R * dx, atol=tolerance)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("row", [[np.nan, 1], [1, np.nan], [-np.inf, -np.inf], [np.inf, 0]])
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_what_has_no_softmax_gives_nan_and_spoils_no_other_row(backend, row):
+    with use(backend) as put:
+        value, dx = softmax_loss.loss(put(np.array([row, [0, 0]])), put(np.array([1, 0])))
+    assert math.isnan(value) and np.isnan(to_numpy(dx)[0]).all()
+    assert_array_equal(to_numpy(dx)[1], [-0.25, 0.25])
 
 
 def test_softmax_of_far_logits():

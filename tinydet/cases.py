@@ -76,18 +76,19 @@ def _lrn(k, divide, beta):
     return draw
 
 
-def _batch_norm(rng):
-    x = rng.standard_normal((2, 3, 2, int(rng.integers(1, 4))))
-    return batch_norm.forward, batch_norm.backward, [x, *rng.standard_normal((2, x.shape[3]))]
+def _batch_norm(frozen, relu):
+    def draw(rng):
+        C = int(rng.integers(1, 4))
+        x, gamma, beta = rng.standard_normal((2, 3, 2, C)), *rng.standard_normal((2, C))
+        given = (rng.standard_normal(C), rng.random(C) + 0.5) if frozen else ()
 
-
-def _batch_norm_frozen(rng):
-    x = rng.standard_normal((2, 3, 2, int(rng.integers(1, 4))))
-    mean, var = rng.standard_normal(x.shape[3]), rng.random(x.shape[3]) + 0.5
-
-    def forward(x, gamma, beta):
-        return batch_norm.forward_frozen(x, gamma, beta, mean.astype(x.dtype), var.astype(x.dtype))
-    return forward, batch_norm.backward, [x, *rng.standard_normal((2, x.shape[3]))]
+        def forward(x, gamma, beta, relu=relu):
+            run = batch_norm.forward_frozen if frozen else batch_norm.forward
+            return run(x, gamma, beta, *(a.astype(x.dtype) for a in given), relu=relu)
+        while relu and abs(forward(x, gamma, beta, False)[0]).min() < 0.01:
+            beta += 0.01                                                # off the kink
+        return forward, batch_norm.backward, [x, gamma, beta]
+    return draw
 
 
 def _fold(rng):
@@ -282,7 +283,7 @@ def _running_averages(rng):
 
 CASES = [
     Case("conv", "stride, padding on each side, dilation", "gradient", _conv, 1e-5),
-    *(Case("conv_winograd", f"{r}x{r}", "gradient", _square(r), 1e-5) for r in (3, 5, 7)),
+    *(Case("conv_winograd", f"{r}x{r}", "gradient", _square(r), 1e-5) for r in (3, 4, 5, 7)),
     Case("conv_direct", "4x4, stride 3", "gradient", _square(4, 3), 1e-5),
     Case("linear", "", "gradient", lambda rng: (linear.forward, linear.backward, [rng.standard_normal(s) for s in ((4, 3), (3, 2), 2)]), 1e-5),
     Case("relu", "", "gradient", lambda rng: (relu.forward, relu.backward, [_map(rng)]), 0),
@@ -294,8 +295,10 @@ CASES = [
     Case("global_max_pool", "masked", "gradient", _global_max_pool(True), 0),
     Case("lrn", "k 1, alpha / n", "gradient", _lrn(1.0, True, 0.75), 1e-5),
     Case("lrn", "k 2, alpha undivided", "gradient", _lrn(2.0, False, 0.6), 1e-5),
-    Case("batch_norm", "training", "gradient", _batch_norm, 1e-5),
-    Case("batch_norm", "frozen", "gradient", _batch_norm_frozen, 1e-5),
+    Case("batch_norm", "training", "gradient", _batch_norm(False, False), 1e-5),
+    Case("batch_norm", "frozen", "gradient", _batch_norm(True, False), 1e-5),
+    Case("batch_norm", "training, with ReLU", "gradient", _batch_norm(False, True), 1e-5),
+    Case("batch_norm", "frozen, with ReLU", "gradient", _batch_norm(True, True), 1e-5),
     Case("batch_norm", "fold into conv", "definition", _fold),
     Case("dropout", "inverted", "gradient", _dropout(False, True), 1e-6),
     Case("dropout", "by map, classical", "gradient", _dropout(True, False), 1e-6),
@@ -320,7 +323,7 @@ CASES = [
     Case("clip_value", "", "definition", _clip_value),
     Case("schedules", "step_schedule, cosine_schedule", "definition", _schedules),
     *(Case(op, what, "no gradient", None, why=f"tests/test_{op}.py compares it with its definition") for op, what in (
-        ("boxes", "targets are constants of training"), ("nms", "a choice of boxes"),
+        ("assign", "a choice of boxes and anchors"), ("boxes", "targets are constants of training"), ("nms", "a choice of boxes"),
         ("soft_nms", "a choice of boxes and their scores"), ("box_voting", "applied to detections only"),
         ("merge", "applied to detections only"))),
 ]

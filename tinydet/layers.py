@@ -125,18 +125,22 @@ class BatchNorm(Layer):
 
     train=True uses the batch's mean and variance and updates the averages (variance unbiased, m/(m - 1)); train=False uses
     the averages. Frozen (here or by freeze()), it always uses the averages, and gamma and beta do not train either.
+    relu=True: max(0, y) in the same pass over memory, for a ReLU layer behind it.
     """
 
-    def __init__(self, C, momentum=0.9, eps=1e-5, frozen=False, dtype=np.float32):
+    def __init__(self, C, momentum=0.9, eps=1e-5, frozen=False, dtype=np.float32, relu=False):
         super().__init__(gamma=np.ones(C, dtype), beta=np.zeros(C, dtype))
         self.state = {"mean": np.zeros(C, dtype), "var": np.ones(C, dtype)}
-        self.momentum, self.eps, self.frozen = momentum, eps, frozen
+        self.momentum, self.eps, self.frozen, self.relu = momentum, eps, frozen, relu
+
+    def __repr__(self):
+        return "BatchNorm" + " + ReLU" * self.relu
 
     def forward(self, x, train=False, rng=None):
         gamma, beta = self.params["gamma"], self.params["beta"]
         if not train or self.frozen:
-            return batch_norm.forward_frozen(x, gamma, beta, self.state["mean"], self.state["var"], self.eps)
-        y, cache, (mean, var) = batch_norm.forward(x, gamma, beta, self.eps)
+            return batch_norm.forward_frozen(x, gamma, beta, self.state["mean"], self.state["var"], self.eps, self.relu)
+        y, cache, (mean, var) = batch_norm.forward(x, gamma, beta, self.eps, self.relu)
         count = x.size // len(gamma)
         for name, batch in (("mean", mean), ("var", var * (count / max(1, count - 1)))):
             run = self.state[name]
@@ -453,7 +457,8 @@ def _same_number(op, name, given, cache):
 def fold(layer):
     """A copy of the net in which every BatchNorm right behind a Conv2D of a Sequential is folded into it (batch_norm.fold).
 
-    It answers as the net does at test time, up to rounding, and faster; names of the other parts stay. The net itself stays as it is.
+    It answers as the net does at test time, up to rounding, and faster; names of the other parts stay, and the ReLU of a BatchNorm
+    that has one takes its place. The net itself stays as it is.
     A Composite of your own must reach its parts through self.parts: an attribute of its own would still hold the unfolded layer.
     """
     layer = copy.copy(layer)
@@ -467,6 +472,8 @@ def fold(layer):
         if type(layer) is Sequential and type(part) is BatchNorm and type(before) is Conv2D:
             p, arrays = before.params, part.arrays()
             p["w"], p["b"] = batch_norm.fold(p["w"], p["b"], *(arrays[k] for k in ("gamma", "beta", "mean", "var")), part.eps)
+            if part.relu:
+                before = parts[name] = ReLU()
         else:
             before = parts[name] = fold(part)
     layer.parts = parts

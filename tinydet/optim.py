@@ -2,6 +2,9 @@
 import math
 
 import numpy as np
+from numba import njit, prange
+
+from tinydet.backend import pick
 
 FORMS = ("plain", "caffe")
 
@@ -51,8 +54,9 @@ class Optimizer:
                 raise FloatingPointError(f"{op}: the gradient of {name} is {wrong}: lower the learning rate or check the data")
         for name, w in trained.items():
             self._update(w, grads[name], self.state[name], float(lr * self.rates[name]), self._decay(w))
-        for g in self.layer.grads.values():
-            g[...] = 0
+        for name, g in self.layer.grads.items():
+            if name not in trained:
+                g[...] = 0
 
     def _check(self, rule, value, holds):
         if not holds:
@@ -75,7 +79,7 @@ class Optimizer:
         return type(self).__name__
 
     def _update(self, w, g, state, lr, decay):
-        """One step of parameter w and its state, in place."""
+        """One step of parameter w and its state, in place; then g = 0."""
         raise NotImplementedError
 
 
@@ -97,15 +101,7 @@ class SGD(Optimizer):
     kind = property(lambda self: f"SGD {self.form}")
 
     def _update(self, w, g, v, lr, decay):
-        v *= self.momentum
-        if self.form == "caffe":
-            v += lr * (g + decay * w)
-            w -= v
-        else:
-            v += g
-            if decay:
-                v += decay * w
-            w -= lr * v
+        pick(w, numpy=_sgd_numpy, numba=_sgd_numba, cuda=_sgd_numpy)(w, g, v, self.momentum, lr, decay, self.form == "caffe")
 
 
 class AdaGrad(Optimizer):
@@ -134,6 +130,7 @@ class AdaGrad(Optimizer):
         d = g + decay * w
         m += d * d
         w -= lr * d / np.sqrt(m)
+        g[...] = 0
 
 
 def clip_norm(grads, limit):
@@ -171,7 +168,7 @@ def _positive(op, limit):
 
 
 def _not_finite(g):
-    return None if np.isfinite(g).all() else "not finite"
+    return None if pick(g, numpy=_finite_numpy, numba=_finite_numba, cuda=_finite_numpy)(g) else "not finite"
 
 
 def _refuse(op, grads):
@@ -203,3 +200,83 @@ def cosine_schedule(lr, steps, warmup=0):
             return lr * (t + 1) / warmup
         return lr * (1 + math.cos(math.pi * min(1, (t - warmup) / (steps - warmup)))) / 2
     return at
+
+
+# NumPy
+
+def _sgd_numpy(w, g, v, momentum, lr, decay, caffe):
+    v *= momentum
+    if caffe:
+        v += lr * (g + decay * w)
+        w -= v
+    else:
+        v += g
+        if decay:
+            v += decay * w
+        w -= lr * v
+    g[...] = 0
+
+
+def _finite_numpy(g):
+    return bool(np.isfinite(g).all())
+
+
+# Numba: one pass over memory each, the same bits; threads from PART numbers on
+
+PART = 1 << 16
+
+
+def _plain(a):
+    return a.flags.c_contiguous and a.dtype in (np.float32, np.float64)
+
+
+def _sgd_numba(w, g, v, momentum, lr, decay, caffe):
+    if not all(_plain(a) and a.dtype == w.dtype for a in (w, g, v)):
+        return _sgd_numpy(w, g, v, momentum, lr, decay, caffe)
+    run = _sgd if w.size < PART else _sgd_parts
+    run(w.reshape(-1), g.reshape(-1), v.reshape(-1), *map(w.dtype.type, (momentum, lr, decay)), caffe)
+
+
+def _finite_numba(g):
+    if not _plain(g):
+        return _finite_numpy(g)
+    return (_finite if g.size < PART else _finite_parts)(g.reshape(-1))
+
+
+@njit(cache=True)
+def _sgd(w, g, v, momentum, lr, decay, caffe):
+    zero = w.dtype.type(0)
+    for k in range(len(w)):
+        if caffe:
+            v[k] = v[k] * momentum + lr * (g[k] + decay * w[k])
+            w[k] -= v[k]
+        else:
+            v[k] = v[k] * momentum + g[k]
+            if decay != zero:
+                v[k] += decay * w[k]
+            w[k] -= lr * v[k]
+        g[k] = zero
+
+
+@njit(cache=True, parallel=True)
+def _sgd_parts(w, g, v, momentum, lr, decay, caffe):
+    for first in prange(-(-len(w) // PART)):
+        part = slice(first * PART, (first + 1) * PART)
+        _sgd(w[part], g[part], v[part], momentum, lr, decay, caffe)
+
+
+@njit(cache=True)
+def _finite(g):
+    """Whether g - g is 0 everywhere: a sum of flags, which is vector code where an early end would not be."""
+    wrong, zero = 0, g.dtype.type(0)
+    for k in range(len(g)):
+        wrong += g[k] - g[k] != zero
+    return wrong == 0
+
+
+@njit(cache=True, parallel=True)
+def _finite_parts(g):
+    wrong = 0
+    for part in prange(-(-len(g) // PART)):
+        wrong += not _finite(g[part * PART:(part + 1) * PART])
+    return wrong == 0

@@ -16,8 +16,8 @@ from tinydet import checks, layers
 from tinydet.backend import array_module, to_numpy
 from tinydet.data import flip, mean_std, view
 from tinydet.files import read_arrays, write_arrays
-from tinydet.layers import BatchNorm, Composite, Conv2D, Dropout, MaxPool, ReLU, Sequential
-from tinydet.ops import box_loss, boxes as box_ops, max_pool, merge, nms, offset_pool, softmax_loss
+from tinydet.layers import BatchNorm, Composite, Conv2D, Dropout, MaxPool, Sequential
+from tinydet.ops import assign as assign_op, box_loss, boxes as box_ops, max_pool, merge, nms, offset_pool, softmax_loss
 
 
 @dataclasses.dataclass
@@ -64,7 +64,7 @@ class OverFeat(Composite):
         a, b, c, D = spec.widths
 
         def conv(Cin, Cout, size, stride=1, pad=0, **more):
-            return Conv2D(Cin, Cout, size, stride, pad, rng=rng, dtype=dtype, **more), BatchNorm(Cout, dtype=dtype), ReLU()
+            return Conv2D(Cin, Cout, size, stride, pad, rng=rng, dtype=dtype, **more), BatchNorm(Cout, dtype=dtype, relu=True)
 
         self.spec, self.dtype = spec, np.dtype(dtype)
         super().__init__(
@@ -73,7 +73,7 @@ class OverFeat(Composite):
             classifier=Sequential(*conv(D, spec.hidden, spec.k), Dropout(spec.dropout),
                                   Conv2D(spec.hidden, len(spec.classes) + 1, 1, rng=rng, std=0.01, dtype=dtype)),
             regressor=Sequential(*conv(D, spec.hidden, spec.k), Conv2D(spec.hidden, 4, 1, rng=rng, std=0.01, dtype=dtype)))
-        self.params["regressor.3.b"][...] = (0, 0, 1, 1)            # untrained, each window answers with itself
+        self.params["regressor.2.b"][...] = (0, 0, 1, 1)            # untrained, each window answers with itself
 
     def normalise(self, images):
         """uint8 images (N, H, W, 3) as the float array the net takes."""
@@ -155,14 +155,13 @@ def assign(windows, boxes, labels, background, positive=0.5, negative=0.3, visib
     answer = np.full(len(windows), background, np.int64)
     if len(boxes) == 0:
         return answer, np.zeros((len(windows), 4)), np.zeros(len(windows), bool)
-    overlap = box_ops.iou(windows, boxes)
-    best = overlap.argmax(1)
-    row = np.arange(len(windows))
-    overlap = overlap[row, best]
+    best, overlap, _, _ = assign_op.best(windows, boxes)
     answer[overlap >= negative] = -1
     answer[overlap >= positive] = labels[best][overlap >= positive]
-    seen = box_ops.intersection(windows, boxes)[row, best] / box_ops.area(boxes)[best]
-    return answer, encode(windows, boxes[best]), (overlap >= negative) & (seen >= visible) & (labels[best] >= 0)
+    chosen = boxes[best]
+    inside = np.minimum(windows[:, 2:], chosen[:, 2:]) - np.maximum(windows[:, :2], chosen[:, :2])
+    seen = inside.clip(0).prod(1) / box_ops.area(chosen)
+    return answer, encode(windows, chosen), (overlap >= negative) & (seen >= visible) & (labels[best] >= 0)
 
 
 def select(labels, p_background, background, rng, most=64, ratio=3, least=8):

@@ -8,14 +8,16 @@ from numba import njit, prange
 from tinydet import checks
 from tinydet.backend import array_module, pick
 
-PARTS = 64              # rows are summed in this many parts whatever the thread count: the same bits on 1 or 8 threads
+PARTS, BLOCK, WIDTH = 64, 256, 64       # see _blocks and _wide
 
 
-def forward(x, gamma, beta, eps=1e-5):
+def forward(x, gamma, beta, eps=1e-5, relu=False):
     """Normalise each channel with the mean and variance of this batch.
 
     y = gamma * (x - mean) / sqrt(var + eps) + beta; mean and var (biased: divided by the count) over all axes but the last.
-    x: (N, H, W, C), gamma, beta: (C,), one dtype, float32 or float64. Sums run in float64.
+    relu=True: y = max(0, that), as ops.relu behind it would make it, in the same pass; NaN stays NaN.
+    x: (N, H, W, C), gamma, beta: (C,), one dtype, float32 or float64. Sums run in float64 (Numba: of sums over short blocks of
+    rows, which run in x's dtype about the mean of the block, so that a large mean swamps nothing).
     Returns y (N, H, W, C), cache, and (mean, var) of shape (C,) for the running averages.
     Raises ValueError for an empty batch, which has no mean, or shapes that do not fit; TypeError for other dtypes.
     """
@@ -23,33 +25,35 @@ def forward(x, gamma, beta, eps=1e-5):
     if x.size == 0:
         raise ValueError(f"batch_norm.forward: x must hold at least one pixel, got {x.shape}")
     mean, var = pick(x, numpy=_moments_numpy, numba=_moments_numba)(x)
-    y, cache = _normalise(x, gamma, beta, mean, var, eps, training=True)
+    y, cache = _normalise(x, gamma, beta, mean, var, eps, relu, training=True)
     return y, cache, (mean, var)
 
 
-def forward_frozen(x, gamma, beta, mean, var, eps=1e-5):
+def forward_frozen(x, gamma, beta, mean, var, eps=1e-5, relu=False):
     """Normalise with given statistics, at test time or in a frozen trunk: y = gamma * (x - mean) / sqrt(var + eps) + beta.
 
     As forward, but mean and var (C,) are inputs and constants of the gradient, and an empty x is allowed.
     Returns y and cache.
     """
     _check("batch_norm.forward_frozen", x, eps, gamma=gamma, beta=beta, mean=mean, var=var)
-    return _normalise(x, gamma, beta, mean, var, eps, training=False)
+    return _normalise(x, gamma, beta, mean, var, eps, relu, training=False)
 
 
 def backward(dy, cache):
     """dx, dgamma, dbeta of either forward; h = (x - mean) / sqrt(var + eps), m = pixels in the batch.
 
     dbeta = sum dy, dgamma = sum dy * h, dx = gamma / sqrt(var + eps) * (dy - dbeta / m - h * dgamma / m) in training,
-    because mean and var depend on x too; frozen: dx = gamma / sqrt(var + eps) * dy.
+    because mean and var depend on x too; frozen: dx = gamma / sqrt(var + eps) * dy. With relu, dy counts as 0 where not y > 0;
+    y is made again from x, which costs less than to read it.
     """
-    x, gamma, mean, inverse, training = cache
+    x, gamma, beta, mean, inverse, relu, training = cache
     checks.same_shape("batch_norm.backward", x.shape, dy=dy)
     checks.same_dtype("batch_norm.backward", x=x, dy=dy)
     sums, gradient = pick(x, numpy=(_sums_numpy, _gradient_numpy), numba=(_sums_numba, _gradient_numba))
-    dbeta, dgamma = sums(dy, x, mean, inverse)
+    scale = inverse * gamma
+    dbeta, dgamma = sums(dy, x, mean, scale, beta, relu, inverse)
     count = max(1, x.size // len(gamma)) if training else np.inf
-    dx = gradient(dy, x, mean, inverse, gamma, (dbeta / count).astype(x.dtype), (dgamma / count).astype(x.dtype))
+    dx = gradient(dy, x, mean, scale, beta, relu, inverse, (dbeta / count).astype(x.dtype), (dgamma / count).astype(x.dtype))
     return dx, dgamma.astype(x.dtype), dbeta.astype(x.dtype)
 
 
@@ -84,10 +88,10 @@ def _check_variance(op, eps, var):
         raise ValueError(f"{op}: var must be at least 0, got {float(var.min())}")
 
 
-def _normalise(x, gamma, beta, mean, var, eps, training):
+def _normalise(x, gamma, beta, mean, var, eps, relu, training):
     inverse = 1 / array_module(x).sqrt(var + x.dtype.type(eps))
     run = pick(x, numpy=_scale_numpy, numba=_scale_numba)
-    return run(x, mean, inverse * gamma, beta), (x, gamma, mean, inverse, training)
+    return run(x, mean, inverse * gamma, beta, relu), (x, gamma, beta, mean, inverse, relu, training)
 
 
 # NumPy
@@ -96,76 +100,131 @@ def _moments_numpy(x):
     return tuple(m.astype(x.dtype) for m in (x.mean((0, 1, 2), np.float64), x.var((0, 1, 2), np.float64)))
 
 
-def _scale_numpy(x, mean, scale, beta):
-    return (x - mean) * scale + beta
+def _scale_numpy(x, mean, scale, beta, relu):
+    y = (x - mean) * scale + beta
+    return np.maximum(y, 0) if relu else y
 
 
-def _sums_numpy(dy, x, mean, inverse):
+def _passed_numpy(dy, x, mean, scale, beta, relu):
+    """What of dy passes the ReLU, if there is one."""
+    return dy * (_scale_numpy(x, mean, scale, beta, False) > 0) if relu else dy
+
+
+def _sums_numpy(dy, x, mean, scale, beta, relu, inverse):
+    dy = _passed_numpy(dy, x, mean, scale, beta, relu)
     return dy.sum((0, 1, 2), np.float64), (dy * ((x - mean) * inverse)).sum((0, 1, 2), np.float64)
 
 
-def _gradient_numpy(dy, x, mean, inverse, gamma, dbeta, dgamma):
-    return gamma * inverse * (dy - dbeta - (x - mean) * inverse * dgamma)
+def _gradient_numpy(dy, x, mean, scale, beta, relu, inverse, dbeta, dgamma):
+    dy = _passed_numpy(dy, x, mean, scale, beta, relu)
+    return scale * (dy - dbeta - (x - mean) * inverse * dgamma)
 
 
-# Numba: one pass over memory each, rows = N*H*W
+# Numba: one pass over memory each
 
-def _rows(x):
-    return np.ascontiguousarray(x).reshape(-1, x.shape[-1])
+def _wide(x):
+    """x as rows of k pixels each, and k: C * k is at least WIDTH if the number of pixels allows, so that short rows fill vectors."""
+    C, k = x.shape[3], 1
+    while C * k < WIDTH and x.size // C % (2 * k) == 0:
+        k *= 2
+    return np.ascontiguousarray(x).reshape(-1, C * k), k
+
+
+def _blocks(x):
+    """In how many blocks the rows are summed: enough for any number of threads, which therefore changes no bit, and short ones."""
+    return min(len(x), max(PARTS, len(x) // BLOCK, x.size // (BLOCK * WIDTH)))
 
 
 def _moments_numba(x):
-    rows, zero, one = _rows(x), np.zeros(x.shape[3], x.dtype), np.ones(x.shape[3], x.dtype)
-    mean = (_add(rows, rows, zero, one)[0] / len(rows)).astype(x.dtype)
-    off, squares = _add(rows - mean, rows, mean, one) / len(rows)
-    return mean, np.maximum(squares, 0).astype(x.dtype)
+    rows, k = _wide(x)
+    means, squares, counts = _moments(rows, _blocks(rows))
+    total = counts.sum() * k
+    mean = (counts * means).sum(0).reshape(k, -1).sum(0) / total
+    squares += counts * (means - np.tile(mean, k)) ** 2             # about the mean of all
+    var = squares.sum(0).reshape(k, -1).sum(0) / total
+    return mean.astype(x.dtype), np.maximum(var, 0).astype(x.dtype)
 
 
-def _scale_numba(x, mean, scale, beta):
-    y = np.empty(x.shape, x.dtype)
-    _scale(_rows(x), mean, scale, beta, y.reshape(-1, x.shape[3]))
+def _scale_numba(x, mean, scale, beta, relu):
+    (rows, k), y = _wide(x), np.empty(x.shape, x.dtype)
+    _scale(rows, *(np.tile(v, k) for v in (mean, scale, beta)), relu, y.reshape(rows.shape))
     return y
 
 
-def _sums_numba(dy, x, mean, inverse):
-    return _add(_rows(dy), _rows(x), mean, inverse)
+def _sums_numba(dy, x, mean, scale, beta, relu, inverse):
+    rows, k = _wide(x)
+    sums = _sums(_wide(dy)[0], rows, *(np.tile(v, k) for v in (mean, scale, beta)), relu, _blocks(rows))
+    dbeta, dgamma = sums.sum(0).reshape(2, k, -1).sum(1)
+    return dbeta, dgamma * inverse
 
 
-def _gradient_numba(dy, x, mean, inverse, gamma, dbeta, dgamma):
-    dx = np.empty(x.shape, x.dtype)
-    _gradient(_rows(dy), _rows(x), mean, inverse, gamma * inverse, dbeta, dgamma, dx.reshape(-1, x.shape[3]))
+def _gradient_numba(dy, x, mean, scale, beta, relu, inverse, dbeta, dgamma):
+    (rows, k), dx = _wide(x), np.empty(x.shape, x.dtype)
+    channel = (np.tile(v, k) for v in (mean, scale, beta, dbeta, inverse * dgamma))
+    _gradient(_wide(dy)[0], rows, *channel, relu, dx.reshape(rows.shape))
     return dx
 
 
 @njit(cache=True, parallel=True)
-def _add(a, x, mean, inverse):
-    """Per channel, in float64: sum a and sum a * (x - mean) * inverse."""
+def _moments(x, blocks):
+    """Of each block: mean, sum of the squared differences from it, and number of rows, in float64."""
     rows, C = x.shape
-    parts = np.zeros((PARTS, 2, C))
-    for p in prange(PARTS):
-        for r in range(rows * p // PARTS, rows * (p + 1) // PARTS):
+    means, squares, counts = np.empty((blocks, C)), np.empty((blocks, C)), np.empty((blocks, 1))
+    for b in prange(blocks):
+        first, last = rows * b // blocks, rows * (b + 1) // blocks
+        n = x.dtype.type(last - first)
+        centre, s, q = np.zeros(C, x.dtype), np.zeros(C, x.dtype), np.zeros(C, x.dtype)
+        for r in range(first, last):
             for c in range(C):
-                parts[p, 0, c] += a[r, c]
-                parts[p, 1, c] += a[r, c] * ((x[r, c] - mean[c]) * inverse[c])
-    total = np.zeros((2, C))
-    for p in range(PARTS):
-        total += parts[p]
-    return total
+                centre[c] += x[r, c]
+        for c in range(C):
+            centre[c] /= n
+        for r in range(first, last):                                # the block lies in the cache now
+            for c in range(C):
+                d = x[r, c] - centre[c]
+                s[c] += d                                           # not quite 0: the centre was rounded
+                q[c] += d * d
+        counts[b, 0] = n
+        for c in range(C):
+            means[b, c] = np.float64(centre[c]) + np.float64(s[c]) / n
+            squares[b, c] = np.float64(q[c]) - np.float64(s[c]) * np.float64(s[c]) / n
+    return means, squares, counts
 
 
 @njit(cache=True, parallel=True)
-def _scale(x, mean, scale, beta, y):
+def _scale(x, mean, scale, beta, relu, y):
     rows, C = x.shape
-    for p in prange(PARTS):
-        for r in range(rows * p // PARTS, rows * (p + 1) // PARTS):
-            for c in range(C):
-                y[r, c] = (x[r, c] - mean[c]) * scale[c] + beta[c]
+    zero = x.dtype.type(0)
+    for r in prange(rows):
+        for c in range(C):
+            z = (x[r, c] - mean[c]) * scale[c] + beta[c]
+            y[r, c] = zero if relu and z <= zero else z
 
 
 @njit(cache=True, parallel=True)
-def _gradient(dy, x, mean, inverse, scale, dbeta, dgamma, dx):
+def _sums(dy, x, mean, scale, beta, relu, blocks):
+    """Of each block, in float64: sum dy and sum dy * (x - mean) of each channel."""
     rows, C = x.shape
-    for p in prange(PARTS):
-        for r in range(rows * p // PARTS, rows * (p + 1) // PARTS):
+    zero, sums = x.dtype.type(0), np.empty((blocks, 2, C))
+    for b in prange(blocks):
+        s = np.zeros((2, C), x.dtype)
+        for r in range(rows * b // blocks, rows * (b + 1) // blocks):
             for c in range(C):
-                dx[r, c] = scale[c] * (dy[r, c] - dbeta[c] - (x[r, c] - mean[c]) * inverse[c] * dgamma[c])
+                d = x[r, c] - mean[c]
+                g = zero if relu and not d * scale[c] + beta[c] > zero else dy[r, c]
+                s[0, c] += g
+                s[1, c] += g * d
+        for c in range(C):
+            sums[b, 0, c], sums[b, 1, c] = s[0, c], s[1, c]
+    return sums
+
+
+@njit(cache=True, parallel=True)
+def _gradient(dy, x, mean, scale, beta, dbeta, slope, relu, dx):
+    rows, C = x.shape
+    zero = x.dtype.type(0)
+    for r in prange(rows):
+        for c in range(C):
+            d = x[r, c] - mean[c]
+            g = zero if relu and not d * scale[c] + beta[c] > zero else dy[r, c]
+            dx[r, c] = scale[c] * (g - dbeta[c] - d * slope[c])

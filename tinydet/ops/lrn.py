@@ -87,6 +87,17 @@ def _scale(x, s, beta, y):
             y[c] = x[c] * s[c] ** -beta
 
 
+@njit(cache=True)
+def _sums(padded, C, half):
+    """Of each window; the channels are the inner loop, which becomes vector code."""
+    total = padded[:C].copy()
+    for j in range(1, 2 * half + 1):
+        near = padded[j:j + C]
+        for c in range(C):
+            total[c] += near[c]
+    return total
+
+
 @njit(cache=True, parallel=True)
 def _normalise(x, y, s, half, a, beta, k):
     rows, C = x.shape
@@ -94,15 +105,13 @@ def _normalise(x, y, s, half, a, beta, k):
         squares = np.zeros(C + 2 * half, x.dtype)
         for c in range(C):
             squares[half + c] = x[r, c] * x[r, c]
+        total = _sums(squares, C, half)
         for c in range(C):
-            total = x.dtype.type(0)
-            for j in range(2 * half + 1):
-                total += squares[c + j]
-            s[r, c] = k + a * total
+            s[r, c] = k + a * total[c]
         _scale(x[r], s[r], beta, y[r])
 
 
-@njit(cache=True, parallel=True)
+@njit(cache=True, parallel=True, error_model="numpy")
 def _gradient(dy, x, s, dx, half, slope, beta):
     rows, C = x.shape
     for r in prange(rows):
@@ -110,8 +119,6 @@ def _gradient(dy, x, s, dx, half, slope, beta):
         shares = np.zeros(C + 2 * half, x.dtype)                        # dy_j * x_j * s_j^(-beta - 1)
         for c in range(C):
             shares[half + c] = dx[r, c] * x[r, c] / s[r, c]
+        total = _sums(shares, C, half)
         for c in range(C):
-            total = x.dtype.type(0)
-            for j in range(2 * half + 1):
-                total += shares[c + j]
-            dx[r, c] -= slope * x[r, c] * total
+            dx[r, c] -= slope * x[r, c] * total[c]

@@ -77,55 +77,86 @@ def _backward_numpy(dy, shape, size, stride, argmax, top, left):
     return dx
 
 
+# Numba: a row of windows at a time, and for each place in the window a loop over channels, which becomes vector code. With stride 1
+# neighbouring windows read neighbouring pixels: one loop over all columns and channels
+
 def _forward_numba(x, shape, size, stride, top, left):
     y, argmax = np.empty(shape, x.dtype), np.empty(shape, np.min_scalar_type(size * size - 1))
-    _pool(np.ascontiguousarray(x), y, argmax, size, stride, top, left)
+    _pool(_lines(x), _lines(y), _lines(argmax), x.shape, shape, size, stride, top, left)
     return y, argmax
 
 
 def _backward_numba(dy, shape, size, stride, argmax, top, left):
     dx = np.empty(shape, dy.dtype)
-    _unpool(np.ascontiguousarray(dy), np.ascontiguousarray(argmax), dx, size, stride, top, left)
+    _unpool(_lines(dy), _lines(argmax), _lines(dx), dy.shape, shape, size, stride, top, left)
     return dx
 
 
+def _lines(x):
+    N, H, W, C = x.shape
+    return np.ascontiguousarray(x).reshape(N * H, W * C)
+
+
+@njit(cache=True)
+def _columns(v, W, ow, stride, left):
+    """The windows whose column v lies in the image: first, and past the last."""
+    first = max(0, (left - v + stride - 1) // stride)
+    return first, max(first, min(ow, (W - 1 + left - v) // stride + 1))
+
+
 @njit(cache=True, parallel=True)
-def _pool(x, y, argmax, size, stride, top, left):
-    N, oh, ow, C = y.shape
-    H, W = x.shape[1:3]
+def _pool(x, y, argmax, shape, yshape, size, stride, top, left):
+    (H, W, C), (N, oh, ow) = shape[1:], yshape[:3]
     for line in prange(N * oh):
         n, i = divmod(np.int64(line), oh)
-        row = i * stride - top                                          # the window's first row; it begins in the image at `above`
-        above, below = max(0, -row), min(size, H - row)
+        row = i * stride - top                                          # the windows' first row
+        above, below = max(0, -row), min(size, H - row)                 # of those in the image
+        best, place = y[line], argmax[line]
         for j in range(ow):
-            col = j * stride - left
-            before, after = max(0, -col), min(size, W - col)
             for c in range(C):
-                best, at = x[n, row + above, col + before, c], above * size + before
-                for u in range(above, below):
-                    for v in range(before, after):
-                        value = x[n, row + u, col + v, c]
-                        if value > best or (value != value and best == best):       # a NaN wins and stays
-                            best, at = value, u * size + v
-                y[n, i, j, c] = best
-                argmax[n, i, j, c] = at
+                best[j * C + c] = -np.inf
+                place[j * C + c] = above * size + max(0, left - j * stride)             # where no pixel is above -inf
+        for u in range(above, below):
+            for v in range(min(size, W + left)):
+                here, (first, last) = argmax.dtype.type(u * size + v), _columns(v, W, ow, stride, left)
+                step, count = (last - first, (last - first) * C) if stride == 1 else (1, C)
+                for j in range(first, last, max(1, step)):
+                    _win(x[n * H + row + u], (j * stride + v - left) * C, best, place, j * C, count, here)
+
+
+@njit(cache=True)
+def _win(x, start, best, place, at, count, here):
+    """Let count values of x from `start` on challenge those of best from `at` on. A NaN wins, and stays."""
+    start, at = np.uintp(start), np.uintp(at)                           # never negative, which Numba would look for at every element
+    for k in range(np.uintp(count)):
+        value, old = x[start + k], best[at + k]
+        wins = (old == old) & (not value <= old)
+        best[at + k] = value if wins else old
+        place[at + k] = here if wins else place[at + k]
 
 
 @njit(cache=True, parallel=True)
-def _unpool(dy, argmax, dx, size, stride, top, left):
-    """Gather: every pixel looks at the windows that cover it, so no two threads write to one place."""
-    N, H, W, C = dx.shape
-    oh, ow = dy.shape[1:3]
+def _unpool(dy, argmax, dx, yshape, shape, size, stride, top, left):
+    """Gather: every row of pixels looks at the windows that cover it, so no two threads write to one place."""
+    (N, H, W, C), (oh, ow) = shape, yshape[1:3]
     for line in prange(N * H):
         n, row = divmod(np.int64(line), H)
-        y = row + top                                                   # in the padded image
-        for col in range(W):
-            x = col + left
-            for c in range(C):
-                dx[n, row, col, c] = 0
-            for i in range(max(0, (y - size + stride) // stride), min(oh - 1, y // stride) + 1):
-                for j in range(max(0, (x - size + stride) // stride), min(ow - 1, x // stride) + 1):
-                    at = (y - i * stride) * size + x - j * stride
-                    for c in range(C):
-                        if argmax[n, i, j, c] == at:
-                            dx[n, row, col, c] += dy[n, i, j, c]
+        d, y = dx[line], row + top                                      # y: in the padded image
+        for k in range(W * C):
+            d[k] = 0
+        for i in range(max(0, (y - size + stride) // stride), min(oh - 1, y // stride) + 1):
+            g, place = dy[n * oh + i], argmax[n * oh + i]
+            for v in range(min(size, W + left) - 1, -1, -1):            # the first window first, as NumPy adds
+                here, (first, last) = argmax.dtype.type((y - i * stride) * size + v), _columns(v, W, ow, stride, left)
+                step, count = (last - first, (last - first) * C) if stride == 1 else (1, C)
+                for j in range(first, last, max(1, step)):
+                    at = (j * stride + v - left) * C
+                    _give(g[j * C:j * C + count], place[j * C:j * C + count], d[at:at + count], here)
+
+
+@njit(cache=True)
+def _give(dy, place, dx, here):
+    """Add to dx what was won here."""
+    zero = dy.dtype.type(0)
+    for k in range(len(dy)):
+        dx[k] += dy[k] if place[k] == here else zero

@@ -1,6 +1,11 @@
 """Softmax, and the cross-entropy that trains it."""
+import math
+
+import numpy as np
+from numba import njit, prange
+
 from tinydet import checks
-from tinydet.backend import array_module
+from tinydet.backend import array_module, pick
 
 
 def softmax(x):
@@ -19,17 +24,90 @@ def loss(x, labels):
     """
     checks.float_array("softmax_loss.loss", "x", x, "(R, K)")
     checks.labels("softmax_loss.loss", labels, *x.shape)
-    xp = array_module(x)
-    rows = xp.flatnonzero(labels >= 0)
-    dx = xp.zeros_like(x)
+    rows = array_module(x).flatnonzero(labels >= 0)
     if len(rows) == 0:
-        return 0.0, dx
-    true = labels[rows]
+        return 0.0, array_module(x).zeros_like(x)
+    return pick(x, numpy=_loss_numpy, numba=_loss_numba, cuda=_loss_numpy)(x, rows, labels[rows])
+
+
+def _loss_numpy(x, rows, labels):
+    xp = array_module(x)
+    dx, each = xp.zeros_like(x), xp.arange(len(rows))
     shifted = x[rows] - x[rows].max(1, keepdims=True)
     e = xp.exp(shifted)
     total = e.sum(1, keepdims=True)
-    value = xp.log(total[:, 0]) - shifted[xp.arange(len(rows)), true]
+    value = xp.log(total[:, 0]) - shifted[each, labels]
     gradient = e / total
-    gradient[xp.arange(len(rows)), true] -= 1
+    gradient[each, labels] -= 1
     dx[rows] = gradient / len(rows)
     return float(value.mean(dtype="float64")), dx
+
+
+# Numba: a block of rows at a time, all steps while it lies in the cache; which rows make a block depends on no number of threads
+
+BLOCK = 512                                                             # numbers, at least a row
+TERMS = tuple(1 / math.factorial(k) for k in range(13, -1, -1))         # of exp(r), enough for float64 where |r| <= log(2) / 2
+
+
+def _loss_numba(x, rows, labels):
+    x, dx = np.ascontiguousarray(x), np.zeros(x.shape, x.dtype)
+    mantissa, bias, integer = (23, 127, np.int32) if x.dtype == np.float32 else (52, 1023, np.int64)
+    unit, bias = x.dtype.type(2.0 ** mantissa), x.dtype.type(bias)
+    values = _blocks(x, rows, labels.astype(np.int64), dx, max(1, BLOCK // x.shape[1]), unit, bias, np.empty(0, integer))
+    return float(values.sum()) / len(rows), dx
+
+
+@njit(cache=True, parallel=True, error_model="numpy")
+def _blocks(x, rows, labels, dx, most, unit, bias, integer):
+    """Fill dx, and return the sum of the losses of each block of at most `most` rows."""
+    K, count = x.shape[1], len(rows)
+    values = np.zeros(-(-count // most))
+    for b in prange(len(values)):
+        first, n = b * most, min(most, count - b * most)
+        e, bits = np.empty(n * K, x.dtype), np.empty(n * K, integer.dtype)
+        for i in range(n):
+            row, z = x[rows[first + i]], e[i * K:(i + 1) * K]
+            top = row[0]
+            for k in range(K):
+                top = row[k] if row[k] > top else top                   # what is not a number is left to exp
+            for k in range(K):
+                z[k] = row[k] - top
+            values[b] -= z[labels[first + i]]
+        _exp(e, bits, bits.view(x.dtype), unit, bias)
+        for i in range(n):
+            d, p, label = dx[rows[first + i]], e[i * K:(i + 1) * K], labels[first + i]
+            total = _sum(p)
+            values[b] += np.log(total)
+            scale = x.dtype.type(1 / (total * count))
+            for k in range(K):
+                d[k] = p[k] * scale
+            d[label] = (p[label] / total - 1) / count
+    return values
+
+
+@njit(cache=True, fastmath={"reassoc"})
+def _sum(x):
+    total = 0.0
+    for k in range(len(x)):
+        total += x[k]
+    return total
+
+
+@njit(cache=True)
+def _exp(x, bits, power, unit, bias):
+    """x = exp(x) in place, for x <= 0; np.exp would be a call for each element. With n = x / log 2 rounded and r = x - n * log 2:
+
+    exp(x) = 2^n * exp(r); 2^n is the number whose bits are (n + bias) * unit, which `power` shows as such.
+    """
+    t = x.dtype.type
+    for k in range(len(x)):
+        n = (x[k] * t(1 / math.log(2)) + t(1.5) * unit) - t(1.5) * unit     # the sum holds no digits behind the point
+        n = n if n > -bias else -bias                                   # 2^n counts as 0 there, which has the bits 0
+        r = (x[k] - n * t(0.693359375)) + n * t(2.121944400546905827679e-4)     # log 2 in two parts: the first product is exact
+        p = t(0)
+        for term in TERMS:
+            p = p * r + t(term)
+        bits[k] = (n + bias) * unit
+        x[k] = t(0) if x[k] < -bias else p                              # NaN stays NaN
+    for k in range(len(x)):
+        x[k] *= power[k]
