@@ -228,9 +228,10 @@ def test_backward_errors():
 
 
 @pytest.mark.parametrize("kernel, how, way", [
-    ((3, 3), (1, 1, 1), "winograd"), ((5, 5), (1, 0, 1), "winograd"), ((7, 7), (1, (1, 2, 0, 1), 1), "winograd"),
+    ((3, 3), (1, 1, 1), "winograd"), ((4, 4), (1, 0, 1), "winograd"), ((5, 5), (1, 0, 1), "winograd"), ((7, 7), (1, (1, 2, 0, 1), 1), "winograd"),
     ((3, 3), (2, 1, 1), "direct"), ((3, 3), (1, 1, 2), "direct"), ((3, 5), (1, 1, 1), "direct"), ((2, 2), (1, 0, 1), "direct"),
     ((1, 1), (1, 0, 1), "blas"), ((1, 1), (2, 0, 1), "direct"), ((1, 1), (1, (0, 1, 0, 0), 1), "direct"),
+    ((11, 12), (1, 0, 1), "direct"), ((12, 12), (1, 0, 1), "blas"),     # 4 and 2 windows, 3 outputs
 ])
 def test_which_way_serves_which_shape(kernel, how, way):
     x, w, _ = random((1, 12, 13, 2), (*kernel, 2, 3), (3,))

@@ -89,7 +89,7 @@ def test_a_view_is_written_and_nothing_around_it():
     rng = np.random.default_rng(0)
     x, w, b = (rng.standard_normal(s) for s in ((2, 8, 9, 3), (3, 3, 3, 5), (5,)))
     whole = np.full((2, 12, 14, 5), 7.0)
-    conv_direct.correlate(x, w, b, whole[:, 1::2, ::2], 1, 0, 0, 1)
+    conv_direct.correlate(x, [(w, whole[:, 1::2, ::2], 0, 0)], whole, b, 1, 1)
     with use("numpy"):
         assert_allclose(whole[:, 1::2, ::2], conv.forward(x, w, b)[0], rtol=1e-12, atol=1e-12)
     assert (whole[:, ::2] == 7).all() and (whole[:, :, 1::2] == 7).all()

@@ -13,6 +13,8 @@ SHAPES = [                                          # N, H, W, Cin, Cout, r, pad
     (5, 6, 7, 17, 70, 3, (2, 2, 2, 2)),             # several panels, the last one not full
     (2, 50, 41, 16, 33, 3, (0, 1, 2, 0)),           # several blocks in an image
     (7, 21, 19, 3, 8, 3, (1, 1, 1, 1)),             # several images in a block, the last block not full
+    (3, 12, 13, 20, 40, 4, (0, 0, 0, 0)),
+    (2, 9, 25, 3, 5, 4, (2, 1, 3, 0)),
     (2, 13, 12, 70, 33, 5, (0, 0, 0, 0)),
     (3, 30, 31, 6, 20, 5, (2, 2, 2, 2)),
     (1, 12, 15, 20, 20, 7, (2, 1, 0, 3)),

@@ -20,6 +20,7 @@ from numba.extending import intrinsic
 FEATURES = config.CPU_FEATURES if config.CPU_FEATURES is not None else binding.get_host_cpu_features().flatten()
 BYTES = 64 if "+avx512f" in FEATURES else 32 if "+avx2" in FEATURES else 16             # of a vector
 ROWS = {4: 6, 3: 8, 2: 12, 1: 24} if BYTES == 64 else {2: 6, 1: 12}                     # rows of a block, by its width in vectors
+SHORT = {4: 2, 3: 4, 2: 4, 1: 12} if BYTES == 64 else {2: 2, 1: 4}                      # the same where few rows are left
 ALL_ROWS = max(ROWS.values())                                                           # a multiple of each
 
 
@@ -110,21 +111,24 @@ def _void(*names):
 
 # C[r, v] (+)= sum A[r, k] * B[k, v]
 
-def _product(vectors):
-    @intrinsic
-    def product(typing, a, ia, a_row, a_outer, a_inner, b, ib, b_outer, c, ic, c_row, outer, inner, columns, add):
-        """C[r, v] (+)= sum_{i < outer, j < inner} A[ia + r*a_row + i*a_outer + j*a_inner] * B[ib + i*b_outer + j*width + v], r < rows.
+ZERO, ADD, ROW = 0, 1, 2
 
-        C[r, v] is element ic + r*c_row + v; only its first `columns` columns are read (add) and written.
+
+def _product(vectors, rows):
+    @intrinsic
+    def product(typing, a, ia, a_row, a_outer, a_inner, b, ib, b_outer, c, ic, c_row, outer, inner, columns, start, first, i_first):
+        """C[r, v] = S[r, v] + sum_{i < outer, j < inner} A[ia + r*a_row + i*a_outer + j*a_inner] * B[ib + i*b_outer + j*width + v], r < rows.
+
+        C[r, v] is element ic + r*c_row + v; only its first `columns` columns are read and written. S, by start: ZERO is 0, ADD is C
+        before, ROW is first[i_first + v], whole vectors.
         """
         def emit(context, builder, signature, values):
-            a, ia, a_row, a_outer, a_inner, b, ib, b_outer, c, ic, c_row, outer, inner, columns, add = values
+            a, ia, a_row, a_outer, a_inner, b, ib, b_outer, c, ic, c_row, outer, inner, columns, start, first, i_first = values
             e = Emitter(context, builder, signature.args[0].dtype)
-            pa, pb, pc = (e.pointer(signature.args[k], values[k], values[k + 1]) for k in (0, 5, 8))
-            rows, width = ROWS[vectors], vectors * e.lanes
+            pa, pb, pc, pf = (e.pointer(signature.args[k], values[k], values[k + 1]) for k in (0, 5, 8, 15))
+            width = vectors * e.lanes
             sums = [[cgutils.alloca_once(builder, e.vector) for _ in range(vectors)] for _ in range(rows)]
             full = builder.icmp_signed(">=", columns, e.index(width))
-            adds = builder.icmp_signed("!=", add, e.index(0))
             for row in sums:
                 for s in row:
                     builder.store(ir.Constant(e.vector, None), s)
@@ -135,7 +139,12 @@ def _product(vectors):
             def mask(v):
                 return e.first(builder.sub(columns, e.index(v * e.lanes)))
 
-            with builder.if_then(adds):
+            with builder.if_then(builder.icmp_signed("==", start, e.index(ROW))):
+                for v in range(vectors):
+                    begin = e.load(pf, e.index(v * e.lanes))
+                    for row in sums:
+                        builder.store(begin, row[v])
+            with builder.if_then(builder.icmp_signed("==", start, e.index(ADD))):
                 with builder.if_else(full) as (then, otherwise):
                     with then:
                         for r, row in enumerate(sums):
@@ -169,91 +178,131 @@ def _product(vectors):
                             e.masked_store(builder.load(sums[r][v]), pc, where(r, v), m)
             return context.get_dummy_value()
 
-        return _void(a, ia, a_row, a_outer, a_inner, b, ib, b_outer, c, ic, c_row, outer, inner, columns, add), emit
+        return _void(a, ia, a_row, a_outer, a_inner, b, ib, b_outer, c, ic, c_row, outer, inner, columns, start, first, i_first), emit
     return product
 
 
-product1, product2 = _product(1), _product(2)
-product3, product4 = (_product(3), _product(4)) if 4 in ROWS else (product1, product2)  # never called where blocks are narrower
-
-ROWS1, ROWS2, ROWS3, ROWS4 = (ROWS.get(vectors, 1) for vectors in (1, 2, 3, 4))
-
-
-@njit
-def rows(vectors):
-    """Rows of a block `vectors` wide."""
-    return ROWS4 if vectors == 4 else ROWS3 if vectors == 3 else ROWS2 if vectors == 2 else ROWS1
+R1, R2, R3, R4 = (ROWS.get(v, 1) for v in (1, 2, 3, 4))
+S1, S2, S3, S4 = (SHORT.get(v, 1) for v in (1, 2, 3, 4))
+product1, product2, short1, short2 = _product(1, R1), _product(2, R2), _product(1, S1), _product(2, S2)
+product3, product4, short3, short4 = (_product(3, R3), _product(4, R4), _product(3, S3), _product(4, S4)) if 4 in ROWS else [short1] * 4
 
 
 @njit
-def multiply(vectors, a, ia, a_row, a_outer, a_inner, b, ib, b_outer, c, ic, c_row, rows, outer, inner, columns, add):
-    """product for `rows` rows, block by block; the last block may go beyond them by up to ALL_ROWS - 1."""
-    if vectors == 4:
-        for r in range(0, rows, ROWS4):
-            product4(a, ia + r * a_row, a_row, a_outer, a_inner, b, ib, b_outer, c, ic + r * c_row, c_row, outer, inner, columns, add)
-    elif vectors == 3:
-        for r in range(0, rows, ROWS3):
-            product3(a, ia + r * a_row, a_row, a_outer, a_inner, b, ib, b_outer, c, ic + r * c_row, c_row, outer, inner, columns, add)
+def short(vectors):
+    """SHORT, for compiled code."""
+    return S4 if vectors == 4 else S3 if vectors == 3 else S2 if vectors == 2 else S1
+
+
+@njit
+def multiply(vectors, a, ia, a_row, a_outer, a_inner, b, ib, b_outer, c, ic, c_row, rows, outer, inner, columns, start, first, i_first):
+    """product for `rows` rows, block by block; the last block may go beyond them, up to a multiple of SHORT[vectors]."""
+    r = 0
+    if vectors == 4 and R4 > 1:
+        while rows - r >= R4:
+            product4(a, ia + r * a_row, a_row, a_outer, a_inner, b, ib, b_outer, c, ic + r * c_row, c_row, outer, inner, columns,
+                     start, first, i_first)
+            r += R4
+        while r < rows:
+            short4(a, ia + r * a_row, a_row, a_outer, a_inner, b, ib, b_outer, c, ic + r * c_row, c_row, outer, inner, columns,
+                   start, first, i_first)
+            r += S4
+    elif vectors == 3 and R3 > 1:
+        while rows - r >= R3:
+            product3(a, ia + r * a_row, a_row, a_outer, a_inner, b, ib, b_outer, c, ic + r * c_row, c_row, outer, inner, columns,
+                     start, first, i_first)
+            r += R3
+        while r < rows:
+            short3(a, ia + r * a_row, a_row, a_outer, a_inner, b, ib, b_outer, c, ic + r * c_row, c_row, outer, inner, columns,
+                   start, first, i_first)
+            r += S3
     elif vectors == 2:
-        for r in range(0, rows, ROWS2):
-            product2(a, ia + r * a_row, a_row, a_outer, a_inner, b, ib, b_outer, c, ic + r * c_row, c_row, outer, inner, columns, add)
+        while rows - r >= R2:
+            product2(a, ia + r * a_row, a_row, a_outer, a_inner, b, ib, b_outer, c, ic + r * c_row, c_row, outer, inner, columns,
+                     start, first, i_first)
+            r += R2
+        while r < rows:
+            short2(a, ia + r * a_row, a_row, a_outer, a_inner, b, ib, b_outer, c, ic + r * c_row, c_row, outer, inner, columns,
+                   start, first, i_first)
+            r += S2
     else:
-        for r in range(0, rows, ROWS1):
-            product1(a, ia + r * a_row, a_row, a_outer, a_inner, b, ib, b_outer, c, ic + r * c_row, c_row, outer, inner, columns, add)
+        while rows - r >= R1:
+            product1(a, ia + r * a_row, a_row, a_outer, a_inner, b, ib, b_outer, c, ic + r * c_row, c_row, outer, inner, columns,
+                     start, first, i_first)
+            r += R1
+        while r < rows:
+            short1(a, ia + r * a_row, a_row, a_outer, a_inner, b, ib, b_outer, c, ic + r * c_row, c_row, outer, inner, columns,
+                   start, first, i_first)
+            r += S1
 
 
 # Y = L X L^T
 
-def gather(L, valid=True):
-    """An intrinsic: X from an image, Y = L X L^T to panels. L: (p, q) constants; X is q x q vectors of n channels, Y p x p.
+def gather(matrices):
+    """An intrinsic: X from an image, Y = L X L^T to panels. X is q x q vectors of n channels, Y p x p; matrices: kind -> L (p, q).
 
     X[u, v] starts at image[i + u*row + v*col] and is 0 where u is outside r0 <= u < r1, v outside c0 <= v < c1, and beyond n channels.
-    Y[s, t] goes to panels[j + (s*p + t)*step], whole vectors.
+    Y[s, t] goes to panels[j + (s*p + t)*step], whole vectors. A kind that is not in matrices does nothing.
     """
     @intrinsic
-    def transform(typing, image, i, row, col, r0, r1, c0, c1, n, panels, j, step):
+    def transform(typing, kind, image, i, row, col, r0, r1, c0, c1, n, panels, j, step):
         def emit(context, builder, signature, values):
-            image, i, row, col, r0, r1, c0, c1, n, panels, j, step = values
-            e = Emitter(context, builder, signature.args[0].dtype)
-            source, target = e.pointer(signature.args[0], image, i), e.pointer(signature.args[9], panels, j)
-            p, q = L.shape
-            X = _border(e, source, row, col, (r0, r1, c0, c1), n, q)
-            for at, y in _apply(e, L, X).items():
-                e.store(y, target, builder.mul(step, e.index(at[0] * p + at[1])))
+            kind, image, i, row, col, r0, r1, c0, c1, n, panels, j, step = values
+            e = Emitter(context, builder, signature.args[1].dtype)
+            source, target = e.pointer(signature.args[1], image, i), e.pointer(signature.args[10], panels, j)
+            for L in _each(builder, kind, matrices):
+                p, q = L.shape
+                X = _border(e, source, row, col, (r0, r1, c0, c1), n, q)
+                for at, y in _apply(e, L, X).items():
+                    e.store(y, target, builder.mul(step, e.index(at[0] * p + at[1])))
             return context.get_dummy_value()
 
-        return _void(image, i, row, col, r0, r1, c0, c1, n, panels, j, step), emit
+        return _void(kind, image, i, row, col, r0, r1, c0, c1, n, panels, j, step), emit
     return transform
 
 
-def scatter(L, add):
+def scatter(matrices, add):
     """An intrinsic, the way back: X from panels, Y = L X L^T to an image, as in gather with the two exchanged; add: added to it."""
     @intrinsic
-    def transform(typing, panels, j, step, image, i, row, col, r0, r1, c0, c1, n):
+    def transform(typing, kind, panels, j, step, image, i, row, col, r0, r1, c0, c1, n):
         def emit(context, builder, signature, values):
-            panels, j, step, image, i, row, col, r0, r1, c0, c1, n = values
-            e = Emitter(context, builder, signature.args[0].dtype)
-            source, target = e.pointer(signature.args[0], panels, j), e.pointer(signature.args[3], image, i)
-            p, q = L.shape
-            X = {(u, v): e.load(source, builder.mul(step, e.index(u * q + v))) for u in range(q) for v in range(q)}
-            Y = _apply(e, L, X)
-            places = {at: _place(e, row, col, at) for at in Y}
-            with builder.if_else(_inside(e, (r0, r1, c0, c1), n, p)) as (then, otherwise):
-                with then:
-                    for at, y in Y.items():
-                        e.store(builder.fadd(y, e.load(target, places[at])) if add else y, target, places[at])
-                with otherwise:
-                    for at, y in Y.items():
-                        mask = _mask(e, (r0, r1, c0, c1), n, at)
-                        y = builder.fadd(y, e.masked_load(target, places[at], mask)) if add else y
-                        e.masked_store(y, target, places[at], mask)
+            kind, panels, j, step, image, i, row, col, r0, r1, c0, c1, n = values
+            e = Emitter(context, builder, signature.args[1].dtype)
+            source, target = e.pointer(signature.args[1], panels, j), e.pointer(signature.args[4], image, i)
+            for L in _each(builder, kind, matrices):
+                p, q = L.shape
+                X = {(u, v): e.load(source, builder.mul(step, e.index(u * q + v))) for u in range(q) for v in range(q)}
+                Y = _apply(e, L, X)
+                places = {at: _at(e, row, col, at) for at in Y}
+                with builder.if_else(_inside(e, (r0, r1, c0, c1), n, p)) as (then, otherwise):
+                    with then:
+                        for at, y in Y.items():
+                            e.store(builder.fadd(y, e.load(target, places[at])) if add else y, target, places[at])
+                    with otherwise:
+                        for at, y in Y.items():
+                            mask = _mask(e, (r0, r1, c0, c1), n, at)
+                            y = builder.fadd(y, e.masked_load(target, places[at], mask)) if add else y
+                            e.masked_store(y, target, places[at], mask)
             return context.get_dummy_value()
 
-        return _void(panels, j, step, image, i, row, col, r0, r1, c0, c1, n), emit
+        return _void(kind, panels, j, step, image, i, row, col, r0, r1, c0, c1, n), emit
     return transform
 
 
-def _place(e, row, col, at):
+def _each(builder, kind, matrices):
+    """Yield every matrix, with the builder where the code for its kind belongs; afterwards it stands behind them all."""
+    end = builder.append_basic_block("end")
+    switch = builder.switch(kind, end)
+    for k, L in matrices.items():
+        block = builder.append_basic_block(f"kind{k}")
+        switch.add_case(ir.Constant(INDEX, k), block)
+        builder.position_at_end(block)
+        yield L
+        builder.branch(end)
+    builder.position_at_end(end)
+
+
+def _at(e, row, col, at):
     return e.builder.add(e.builder.mul(row, e.index(at[0])), e.builder.mul(col, e.index(at[1])))
 
 
@@ -285,10 +334,10 @@ def _border(e, source, row, col, limits, n, side):
     with b.if_else(_inside(e, limits, n, side)) as (then, otherwise):
         with then:
             for at, slot in slots.items():
-                b.store(e.load(source, _place(e, row, col, at)), slot)
+                b.store(e.load(source, _at(e, row, col, at)), slot)
         with otherwise:
             for at, slot in slots.items():
-                b.store(e.masked_load(source, _place(e, row, col, at), _mask(e, limits, n, at)), slot)
+                b.store(e.masked_load(source, _at(e, row, col, at), _mask(e, limits, n, at)), slot)
     return {at: b.load(slot) for at, slot in slots.items()}
 
 

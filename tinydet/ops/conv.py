@@ -1,11 +1,15 @@
 """Convolution (cross-correlation with bias) over channels-last maps, with stride, zero padding and dilation."""
 import contextlib
+import math
 
 import numpy as np
+from numba import njit, prange
 
 from tinydet import checks
 from tinydet.backend import pick
 from tinydet.ops import conv_direct, conv_winograd
+
+ROWS = 512              # of dy that are added up at a time for db
 
 
 def forward(x, w, b, stride=1, pad=0, dilation=1):
@@ -42,9 +46,9 @@ def backward(dy, cache, need_dx=True, need_dw=True):
     x, w, stride, pad, dilation = cache
     checks.same_shape("conv.backward", (len(x), *output_size(x, w, stride, pad, dilation), w.shape[3]), dy=dy)
     checks.same_dtype("conv.backward", x=x, dy=dy)
-    run = pick(x, numpy=_backward_numpy, numba=_backward_numba)
+    run, column_sums = pick(x, numpy=(_backward_numpy, _column_sums_numpy), numba=(_backward_numba, _column_sums_numba))
     dx, dw = run(dy, x, w, stride, pad, dilation, need_dx, need_dw)
-    return dx, dw, dy.sum((0, 1, 2)) if need_dw else None
+    return dx, dw, column_sums(dy) if need_dw else None
 
 
 def output_size(x, w, stride, pad, dilation):
@@ -84,25 +88,29 @@ def _backward_numpy(dy, x, w, stride, pad, dilation, need_dx, need_dw):
     return dpadded[:, top:top + x.shape[1], left:left + x.shape[2]] if need_dx else None, dw if need_dw else None
 
 
+def _column_sums_numpy(dy):
+    return dy.sum((0, 1, 2))
+
+
 # Numba: fewer products, products in registers, or BLAS
 
 def method(x, w, stride, pad, dilation):
     """Which of three ways the Numba backend goes: "blas", "winograd" or "direct". Figures: examples/bench_cpu.py
 
-    kernel            stride, dilation      way         y and dx computed as                 float32 error (largest / largest value)
-    1x1, no padding   1                     blas        one matrix product                   1e-6
-    3x3, 5x5, 7x7     1, 1                  winograd    conv_winograd.py, 1/4 to 1/7 of the  1e-5
-                                                        multiplications
-    all others                              direct      conv_direct.py                       1e-6
+    kernel                stride, dilation    way         y and dx computed as                             float32 error / largest value
+    1x1, no padding       1, 1              blas        one matrix product                               1e-6
+    3x3, 4x4, 5x5, 7x7    1, 1              winograd    conv_winograd.py: 1/3 to 1/6 of the products     1e-5
+    fewer windows than output channels      blas        one matrix product, of the unrolled image        1e-6
+    all others                              direct      conv_direct.py                                   1e-6
 
-    exact() chooses direct in place of winograd.
+    exact() leaves Winograd out.
     """
     kh, kw = w.shape[:2]
     if kh == kw == stride == 1 and not any(pad):
         return "blas"
     if kh == kw and kh in conv_winograd.TILES and stride == dilation == 1 and not _exact:
         return "winograd"
-    return "direct"
+    return "blas" if len(x) * math.prod(output_size(x, w, stride, pad, dilation)) < w.shape[3] else "direct"
 
 
 _exact = False
@@ -123,9 +131,10 @@ def _forward_numba(x, w, b, stride, pad, dilation):
     x, w, b = (np.ascontiguousarray(a) for a in (x, w, b))
     way = method(x, w, stride, pad, dilation)
     if way == "blas":
-        y = (x.reshape(-1, x.shape[3]) @ w[0, 0]).reshape(*x.shape[:3], w.shape[3])
+        windows = _windows(x, w, stride, pad, dilation)
+        y = windows.reshape(-1, w[..., 0].size) @ w.reshape(-1, w.shape[3])
         y += b
-        return y
+        return y.reshape(*windows.shape[:3], w.shape[3])
     if way == "winograd":
         return conv_winograd.forward(x, w, b, pad)
     return conv_direct.forward(x, w, b, stride, pad, dilation, output_size(x, w, stride, pad, dilation))
@@ -135,8 +144,45 @@ def _backward_numba(dy, x, w, stride, pad, dilation, need_dx, need_dw):
     dy, x, w = (np.ascontiguousarray(a) for a in (dy, x, w))
     way = method(x, w, stride, pad, dilation)
     if way == "blas":
-        rows, right = x.reshape(-1, x.shape[3]), dy.reshape(-1, w.shape[3])
-        return (right @ w[0, 0].T).reshape(x.shape) if need_dx else None, (rows.T @ right).reshape(w.shape) if need_dw else None
+        windows, right, left = _windows(x, w, stride, pad, dilation), dy.reshape(-1, w.shape[3]), w.reshape(-1, w.shape[3])
+        dw = (windows.reshape(-1, len(left)).T @ right).reshape(w.shape) if need_dw else None
+        return _fold((right @ left.T).reshape(windows.shape), x, w, stride, pad, dilation) if need_dx else None, dw
     if way == "winograd":
         return conv_winograd.backward(dy, x, w, pad, need_dx, need_dw)
     return conv_direct.backward(dy, x, w, stride, pad, dilation, need_dx, need_dw)
+
+
+def _windows(x, w, stride, pad, dilation):
+    """(N, oh, ow, kh, kw, C): what each window sees, a view of the padded image."""
+    x = np.pad(x, ((0, 0), pad[:2], pad[2:], (0, 0))) if any(pad) else x
+    reach = [dilation * (k - 1) + 1 for k in w.shape[:2]]
+    seen = np.lib.stride_tricks.sliding_window_view(x, reach, (1, 2))[:, ::stride, ::stride, :, ::dilation, ::dilation]
+    return seen.transpose(0, 1, 2, 4, 5, 3)
+
+
+def _fold(dwindows, x, w, stride, pad, dilation):
+    """The adjoint of _windows."""
+    if dwindows.shape[1:3] == (1, 1) and dwindows.shape[3:] == x.shape[1:] or w.shape[0] == w.shape[1] == stride == 1 and not any(pad):
+        return dwindows.reshape(x.shape)                                # the windows do not overlap: they are the image
+    (top, bottom, left, right), (N, H, W, C) = pad, x.shape
+    dpadded = np.zeros((N, H + top + bottom, W + left + right, C), x.dtype)
+    for u, v, at in _taps(x, w, stride, pad, dilation):
+        dpadded[at] += dwindows[:, :, :, u, v]
+    return np.ascontiguousarray(dpadded[:, top:top + H, left:left + W])
+
+
+def _column_sums_numba(dy):
+    rows = np.ascontiguousarray(dy).reshape(-1, dy.shape[3])
+    parts = np.empty((-(-len(rows) // ROWS), dy.shape[3]), dy.dtype)
+    _column_sums(rows, parts)
+    return parts.sum(0, np.float64).astype(dy.dtype)
+
+
+@njit(cache=True, parallel=True)
+def _column_sums(rows, parts):
+    """Sums of ROWS rows each, in their dtype: short enough to lose no digits, however many parts there are."""
+    for p in prange(len(parts)):
+        parts[p] = 0
+        for r in range(p * ROWS, min(len(rows), (p + 1) * ROWS)):
+            for c in range(rows.shape[1]):
+                parts[p, c] += rows[r, c]

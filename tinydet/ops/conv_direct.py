@@ -19,13 +19,16 @@ from tinydet import simd, workspace
 
 STRIP = 1 << 18         # bytes of a strip, about: with its weights it fits the second-level cache
 FIRST = 1 << 15         # bytes of weights that stay in the first-level cache
+DEPTH = 64              # pixels in a product of dw, at least
 PARTS = 16              # tasks of dw: their number does not depend on the threads, so neither does the order of the sums
+
+_copy = simd.scatter({1: np.ones((1, 1))}, add=False)
 
 
 def forward(x, w, b, stride, pad, dilation, size):
     """y of conv.forward, size (oh, ow); x and w contiguous."""
     y = np.empty((len(x), *size, w.shape[3]), x.dtype)
-    correlate(x, w, b, y, stride, pad[0], pad[2], dilation)
+    correlate(x, [(w, y, pad[0], pad[2])], y, b, stride, dilation)
     return y
 
 
@@ -41,17 +44,21 @@ def input_gradient(dy, w, shape, stride, pad, dilation):
     top, left = pad[0], pad[2]
     if dilation == 1 and stride > 1 and C < simd.lanes(dy.dtype):
         return _space_to_depth(dy, w, shape, stride, top, left)
-    dx, zero = np.empty(shape, dy.dtype), np.zeros(C, dy.dtype)
+    dx = np.empty(shape, dy.dtype)
     every = stride // math.gcd(stride, dilation)                        # of the kernel's rows that reach one pixel
     apart = dilation // math.gcd(stride, dilation)                      # in dy between two of them
+    maps = []
     for row in range(min(stride, H)):
         for col in range(min(stride, W)):
-            (u, up), (v, across) = (_reach(k + before, side, stride, dilation) for k, before, side in ((row, top, w.shape[0]), (col, left, w.shape[1])))
-            part, taps = dx[:, row::stride, col::stride], w[u::every, v::every][::-1, ::-1] if min(u, v) >= 0 else w[:0]
+            u, up = _reach(row + top, w.shape[0], stride, dilation)
+            v, across = _reach(col + left, w.shape[1], stride, dilation)
+            part = dx[:, row::stride, col::stride]
+            taps = w[u::every, v::every][::-1, ::-1].transpose(0, 1, 3, 2) if min(u, v) >= 0 else w[:0]
             if taps.size == 0:
                 part[...] = 0
             else:
-                correlate(dy, taps.transpose(0, 1, 3, 2), zero, part, 1, apart * (len(taps) - 1) - up, apart * (taps.shape[1] - 1) - across, apart)
+                maps.append((taps, part, apart * (len(taps) - 1) - up, apart * (taps.shape[1] - 1) - across))
+    correlate(dy, maps, dx, np.zeros(C, dy.dtype), 1, apart)
     return dx
 
 
@@ -69,34 +76,47 @@ def _space_to_depth(dy, w, shape, stride, top, left):
     wide = np.zeros((h * stride, v * stride, C, Cout), w.dtype)
     wide[:kh, :kw] = w
     wide = wide.reshape(h, stride, v, stride, C, Cout)[::-1, :, ::-1].transpose(0, 2, 5, 1, 3, 4).reshape(h, v, Cout, stride * stride * C)
-    rows, cols = -(-(H + top) // stride), -(-(W + left) // stride)
-    deep = np.empty((N, rows, cols, wide.shape[3]), dy.dtype)
-    correlate(dy, wide, np.zeros(wide.shape[3], dy.dtype), deep, 1, h - 1, v - 1, 1)
-    flat = deep.reshape(N, rows, cols, stride, stride, C).transpose(0, 1, 3, 2, 4, 5).reshape(N, rows * stride, cols * stride, C)
-    return np.ascontiguousarray(flat[:, top:top + H, left:left + W])
+    size = N, -(-(H + top) // stride), -(-(W + left) // stride), wide.shape[3]
+    dx = np.empty(shape, dy.dtype)
+    with workspace.borrow(dy.dtype, math.prod(size) + simd.lanes(dy.dtype)) as (deep,):         # _copy reads whole vectors
+        correlate(dy, [(wide, deep[:math.prod(size)].reshape(size), h - 1, v - 1)], deep, np.zeros(size[3], dy.dtype), 1, 1)
+        _depth_to_space(deep[:math.prod(size)].reshape(*size[:3], stride, stride, C), dx, top, left, simd.lanes(dy.dtype))
+    return dx
 
 
-def correlate(x, w, b, y, stride, top, left, dilation):
-    """y[n, i, j] = b + sum_{u, v} x[n, i*stride + u*dilation - top, j*stride + v*dilation - left] w[u, v], x = 0 outside the image.
+def correlate(x, maps, base, b, stride, dilation):
+    """For each (w, y, top, left) of maps: y[n, i, j] = b + sum_{u, v} x[n, i*stride + u*dilation - top, j*stride + v*dilation - left] w[u, v].
 
-    y: a view that is written, its channels side by side; top and left may be negative. w: any strides.
+    x = 0 outside the image. Each w (kh, kw, C, Cout) may have any strides; each y is a view of base, channels side by side, and is
+    written. top and left may be negative.
     """
-    (kh, kw, C, Cout), lanes = w.shape, simd.lanes(x.dtype)
-    P = simd.panel(Cout, x.dtype)
-    _, oh, ow, _ = y.shape
-    if y.size == 0:
+    if x.size == 0 or not maps:
+        for _, y, _, _ in maps:
+            y[...] = b
         return
-    block = simd.ROWS[P // lanes]
-    wide = (-(-ow // block) * block - 1) * stride + dilation * (kw - 1) + 1                     # pixels that the blocks of a row read
-    rows = min(oh, max(1, (STRIP // (wide * C * x.itemsize) - dilation * (kh - 1)) // stride))  # output rows of a strip
-    deep = (rows - 1) * stride + dilation * (kh - 1) + 1
-    strides = tuple(s // x.itemsize for s in y.strides[:3])
-    base, start = _flat(y)
-    threads, panels = config.NUMBA_NUM_THREADS, -(-Cout // P)
-    with workspace.borrow(x.dtype, panels * kh * kw * C * P, threads * (deep * wide * C + simd.ALL_ROWS * P)) as (packed, local):
-        _pack(w, packed.reshape(panels, kh, kw, C, P))
-        _correlate(x, packed, b, base, start, strides, y.shape, local.reshape(threads, -1), rows, deep, wide, (kh, kw), stride, top, left,
-                   dilation, P, lanes)
+    C, Cout, lanes, threads = x.shape[3], len(b), simd.lanes(x.dtype), config.NUMBA_NUM_THREADS
+    P = simd.panel(Cout, x.dtype)
+    panels, block = -(-Cout // P), simd.SHORT[P // lanes]
+    top, left = (max(m[k] for m in maps) for k in (2, 3))
+    shapes = [(*w.shape[:2], *y.shape[1:3], top - t, left - l) for w, y, t, l in maps]      # kernel, output, first pixel in the strip
+    oh = max(s[2] for s in shapes)
+
+    def reach(k, first, count):                                   # pixels that `count` outputs along one axis read
+        return (count - 1) * stride + dilation * (k - 1) + 1 + first
+
+    wide = max(reach(kw, col, -(-ow // block) * block) for _, kw, _, ow, _, col in shapes)
+    rows = 1
+    while rows < oh and wide * C * x.itemsize * max(reach(kh, row, rows + 1) for kh, _, _, _, row, _ in shapes) <= STRIP:
+        rows += 1                                                       # output rows of a strip
+    deep = max(reach(kh, row, rows) for kh, _, _, _, row, _ in shapes)
+    sizes = [kh * kw * C * P * panels for kh, kw, *_ in shapes]
+    table = np.array([(*s, _place(y, base), end - size) for s, (_, y, _, _), size, end in zip(shapes, maps, sizes, np.cumsum(sizes))])
+    strides = tuple(s // x.itemsize for s in maps[0][1].strides[:3])
+    with workspace.borrow(x.dtype, sum(sizes), threads * (deep * wide * C + simd.ALL_ROWS * P)) as (packed, local):
+        for (w, *_), row in zip(maps, table):
+            _pack(w, packed[row[7]:row[7] + w.size // Cout * P * panels].reshape(panels, *w.shape[:3], P))
+        _correlate(x, packed, np.pad(b, (0, panels * P - Cout)), base.reshape(-1), table, strides, Cout, local.reshape(threads, -1),
+                   oh, rows, deep, wide, stride, top, left, dilation, P, lanes)
 
 
 def weight_gradient(x, dy, shape, stride, pad, dilation):
@@ -119,12 +139,9 @@ def weight_gradient(x, dy, shape, stride, pad, dilation):
         return np.ascontiguousarray(total.reshape(panels, kh, kw, C, P).transpose(1, 2, 3, 0, 4).reshape(kh, kw, C, -1)[..., :Cout])
 
 
-def _flat(y):
-    """The contiguous array that holds the view y, as one axis, and the place of y's first element in it."""
-    base = y
-    while base.base is not None and isinstance(base.base, np.ndarray):
-        base = base.base
-    return base.reshape(-1), (y.__array_interface__["data"][0] - base.__array_interface__["data"][0]) // y.itemsize
+def _place(y, base):
+    """How many numbers lie before the view y in base."""
+    return (y.__array_interface__["data"][0] - base.__array_interface__["data"][0]) // y.itemsize
 
 
 @njit(cache=True, parallel=True)
@@ -160,43 +177,56 @@ def _strip(x, n, row, col, strip, deep, wide):
 
 
 @njit(cache=True, parallel=True)
-def _correlate(x, packed, b, y, start, strides, shape, local, rows, deep, wide, kernel, stride, top, left, dilation, P, lanes):
-    (N, oh, ow, Cout), (kh, kw), C = shape, kernel, x.shape[3]
+def _correlate(x, packed, b, y, maps, strides, Cout, local, oh, rows, deep, wide, stride, top, left, dilation, P, lanes):
+    N, H, W, C = x.shape
     strips, panels = -(-oh // rows), -(-Cout // P)
-    block = simd.rows(P // lanes)
-    whole = ow // block * block                                         # outputs of a row in whole blocks; the rest goes through `rest`
-    once = dilation == 1 and kh * kw * C * P * x.itemsize <= FIRST      # the whole kernel at a time, or one row of it
+    block = simd.short(P // lanes)
     for task in prange(N * strips):
         n, i0 = np.int64(task) // strips, np.int64(task) % strips * rows
         strip, rest = local[get_thread_id(), :deep * wide * C], local[get_thread_id(), deep * wide * C:]
         _strip(x, n, i0 * stride - top, -left, strip, deep, wide)
-        for q in range(panels):
-            columns = min(P, Cout - q * P)
-            for u in range(1 if once else kh):
-                if dilation == 1:
-                    outer, a_outer, inner = kh if once else 1, wide * C, kw * C
-                else:
-                    outer, a_outer, inner = kw, dilation * C, C
-                taps = (q * kh + u) * kw * C * P
-                for i in range(min(rows, oh - i0)):
-                    a = (i * stride + u * dilation) * wide * C
-                    at = start + n * strides[0] + (i0 + i) * strides[1] + q * P
-                    simd.multiply(P // lanes, strip, a, stride * C, a_outer, 1, packed, taps, inner * P,
-                                  y, at, strides[2], whole, outer, inner, columns, u > 0)
-                    if whole < ow:
-                        simd.multiply(P // lanes, strip, a + whole * stride * C, stride * C, a_outer, 1, packed, taps, inner * P,
-                                      rest, 0, P, 1, outer, inner, P, False)
-                        for j in range(whole, ow):
-                            for o in range(columns):
-                                if u > 0:
-                                    y[at + j * strides[2] + o] += rest[(j - whole) * P + o]
-                                else:
-                                    y[at + j * strides[2] + o] = rest[(j - whole) * P + o]
-            for i in range(min(rows, oh - i0)):
-                at = start + n * strides[0] + (i0 + i) * strides[1] + q * P
-                for j in range(ow):
-                    for o in range(columns):
-                        y[at + j * strides[2] + o] += b[q * P + o]
+        for m in range(len(maps)):
+            kh, kw, height, ow, row, col, place, weights = maps[m]
+            whole = ow // block * block                                 # outputs of a row in whole blocks; the others go through `rest`
+            once = dilation == 1 and kh * kw * C * P * x.itemsize <= FIRST      # the whole kernel at a time, or one row of it
+            for q in range(panels):
+                columns = min(P, Cout - q * P)
+                for u in range(1 if once else kh):
+                    if dilation == 1:
+                        outer, a_outer, inner = kh if once else 1, wide * C, kw * C
+                    else:
+                        outer, a_outer, inner = kw, dilation * C, C
+                    taps = weights + (q * kh + u) * kw * C * P
+                    for i in range(min(rows, height - i0)):
+                        a = ((i * stride + u * dilation + row) * wide + col) * C
+                        at = place + n * strides[0] + (i0 + i) * strides[1] + q * P
+                        simd.multiply(P // lanes, strip, a, stride * C, a_outer, 1, packed, taps, inner * P,
+                                      y, at, strides[2], whole, outer, inner, columns, simd.ADD if u > 0 else simd.ROW, b, q * P)
+                        if whole < ow:
+                            simd.multiply(P // lanes, strip, a + whole * stride * C, stride * C, a_outer, 1, packed, taps, inner * P,
+                                          rest, 0, P, 1, outer, inner, P, simd.ZERO if u > 0 else simd.ROW, b, q * P)
+                            for j in range(whole, ow):
+                                for o in range(columns):
+                                    if u > 0:
+                                        y[at + j * strides[2] + o] += rest[(j - whole) * P + o]
+                                    else:
+                                        y[at + j * strides[2] + o] = rest[(j - whole) * P + o]
+
+
+@njit(cache=True, parallel=True)
+def _depth_to_space(deep, dx, top, left, lanes):
+    """dx[n, y, x] = deep[n, (y + top) // stride, (x + left) // stride, (y + top) % stride, (x + left) % stride]."""
+    N, H, W, C = dx.shape
+    h, cells, stride = deep.shape[1:4]
+    source, target, side = deep.reshape(-1), dx.reshape(-1), stride * C
+    for task in prange(N * H):
+        n, y = np.int64(task) // H, np.int64(task) % H
+        at = (((n * h + (y + top) // stride) * cells) * stride + (y + top) % stride) * side
+        for j in range(cells):                                          # stride pixels lie side by side in both
+            begin = (j * stride - left) * C
+            low, high = max(0, -begin), min(side, W * C - begin)
+            for k in range(low, high, lanes):
+                _copy(1, source, at + j * stride * side + k, 0, target, task * W * C + begin + k, 0, 0, 0, 1, 0, 1, high - k)
 
 
 @njit(cache=True, parallel=True)
@@ -204,6 +234,7 @@ def _weight_gradient(x, dy, sums, local, rows, deep, wide, kw, stride, top, left
     parts, panels, kh, taps, rounded, P = sums.shape
     (N, oh, ow, Cout), C = dy.shape, x.shape[3]
     strips = -(-oh // rows)
+    some = max(1, DEPTH // ow)                                          # output rows in a product: they stay in the first-level cache
     for task in prange(parts * panels):
         part, q = np.int64(task) // panels, np.int64(task) % panels
         columns = min(P, Cout - q * P)
@@ -222,7 +253,9 @@ def _weight_gradient(x, dy, sums, local, rows, deep, wide, kw, stride, top, left
                         right[at + o] = dy[n, i0 + i, j, q * P + o]
                     for o in range(columns, P):
                         right[at + o] = 0
-            for u in range(kh):
-                for v in range(taps):
-                    simd.multiply(P // lanes, strip, (u * wide + v) * dilation * C, 1, stride * wide * C, stride * C, right, 0, ow * P,
-                                  total, (u * taps + v) * rounded * P, P, run, count, ow, P, True)
+            for i in range(0, count, some):
+                for u in range(kh):
+                    for v in range(taps):
+                        simd.multiply(P // lanes, strip, ((i * stride + u * dilation) * wide + v * dilation) * C, 1, stride * wide * C, stride * C,
+                                      right, i * ow * P, ow * P, total, (u * taps + v) * rounded * P, P,
+                                      run, min(some, count - i), ow, P, simd.ADD, total, 0)

@@ -1,4 +1,4 @@
-"""Convolution of stride 1 with fewer products (Winograd): the fast path of ops/conv.py for 3x3, 5x5 and 7x7 kernels.
+"""Convolution of stride 1 with fewer products (Winograd): the fast path of ops/conv.py for 3x3, 4x4, 5x5 and 7x7 kernels.
 
 An m x m tile of the output needs an a x a tile of the image, a = m + r - 1 for an r x r kernel. All three are polynomials; their product
 is evaluated at a points and interpolated (Toom-Cook; F(m x m, r x r) of Lavin and Gray), for every pair of channels c, o:
@@ -21,7 +21,7 @@ from numba import config, get_thread_id, njit, prange
 
 from tinydet import simd, workspace
 
-TILES = {3: 4, 5: 4, 7: 2}          # m for each r. F(6x6, 3x3) was slower, F(4x4, 7x7) has an error of 1e-4
+TILES = {3: 4, 4: 3, 5: 4, 7: 2}    # m for each r. F(6x6, 3x3) was slower, F(4x4, 7x7) has an error of 1e-4
 BLOCK = 128                         # tiles in a block, at most (of 36 points, fewer of more): its products stay in the cache
 REUSE = 3                           # blocks from which on U is held as a whole: each block would make it anew
 ROOM = 48 << 20                     # numbers of V and dM in memory at a time: larger batches go in groups of images
@@ -51,15 +51,13 @@ def _roots(points):
 
 
 PAD = 16                            # numbers between matrices: keeps them out of one another's cache sets; blocks of rows may read it
-A3, B3, G3 = matrices(TILES[3], 3)
-A5, B5, G5 = matrices(TILES[5], 5)
-A7, B7, G7 = matrices(TILES[7], 7)
-_x3, _x5, _x7 = (simd.gather(B.T) for B in (B3, B5, B7))
-_dy3, _dy5, _dy7 = (simd.gather(A) for A in (A3, A5, A7))
-_w3, _w5, _w7 = (simd.gather(G) for G in (G3, G5, G7))
-_y3, _y5, _y7 = (simd.scatter(A.T, add=False) for A in (A3, A5, A7))
-_dx3, _dx5, _dx7 = (simd.scatter(B, add=True) for B in (B3, B5, B7))
-_dw3, _dw5, _dw7 = (simd.scatter(G.T, add=True) for G in (G3, G5, G7))
+A, B, G = ({r: matrices(m, r)[k] for r, m in TILES.items()} for k in range(3))
+_x = simd.gather({r: M.T for r, M in B.items()})                        # V = B^T x B, of one tile and one vector of channels
+_dy = simd.gather(A)                                                    # dM = A dy A^T
+_w = simd.gather(G)                                                     # U = G w G^T
+_y = simd.scatter({r: M.T for r, M in A.items()}, add=False)            # y = A^T M A
+_dx = simd.scatter(B, add=True)                                         # dx += B dV B^T
+_dw = simd.scatter({r: M.T for r, M in G.items()}, add=True)            # dw += G^T dU G
 
 
 class Plan(NamedTuple):
@@ -149,7 +147,7 @@ def _forward(x, w, b, y, pad):
         _cut(x.reshape(-1), V, g, False, g.H, g.W, g.Cin, g.top, g.left, g.Pi, g.pi, lanes)
         if reuse:
             _all_filters(w.reshape(-1), g, False, U, local, lanes)
-        _outputs(V, w.reshape(-1), U, b, y.reshape(-1), local, g, lanes)
+        _outputs(V, w.reshape(-1), U, np.pad(b, (0, g.Po * g.po - g.Cout)), y.reshape(-1), local, g, lanes)
 
 
 def _backward(dy, x, w, pad, dx, dw):
@@ -202,18 +200,9 @@ def _cut(image, panels, g, gradient, H, W, C, top, left, P, count, lanes):
                 valid = C - c if t < tiles else 0
                 source, target = ((n * H - r0) * W - c0) * C + c, np.int64(task) * g.points * step + t * P + lane
                 if gradient:
-                    if g.r == 3:
-                        _dy3(image, source, W * C, C, r0, r1, c0, c1, valid, panels, target, step)
-                    elif g.r == 5:
-                        _dy5(image, source, W * C, C, r0, r1, c0, c1, valid, panels, target, step)
-                    else:
-                        _dy7(image, source, W * C, C, r0, r1, c0, c1, valid, panels, target, step)
-                elif g.r == 3:
-                    _x3(image, source, W * C, C, r0, r1, c0, c1, valid, panels, target, step)
-                elif g.r == 5:
-                    _x5(image, source, W * C, C, r0, r1, c0, c1, valid, panels, target, step)
+                    _dy(g.r, image, source, W * C, C, r0, r1, c0, c1, valid, panels, target, step)
                 else:
-                    _x7(image, source, W * C, C, r0, r1, c0, c1, valid, panels, target, step)
+                    _x(g.r, image, source, W * C, C, r0, r1, c0, c1, valid, panels, target, step)
 
 
 @njit
@@ -223,12 +212,7 @@ def _filters(w, at, row, tap, valid, rows, P, r, U, lanes):
     for k in range(rows):
         for lane in range(0, P, lanes):
             source, target = at + k * row + lane, k * P + lane
-            if r == 3:
-                _w3(w, source, 3 * tap, tap, 0, 3, 0, 3, valid - lane, U, target, step)
-            elif r == 5:
-                _w5(w, source, 5 * tap, tap, 0, 5, 0, 5, valid - lane, U, target, step)
-            else:
-                _w7(w, source, 7 * tap, tap, 0, 7, 0, 7, valid - lane, U, target, step)
+            _w(r, w, source, r * tap, tap, 0, r, 0, r, valid - lane, U, target, step)
 
 
 @njit
@@ -266,9 +250,6 @@ def _outputs(V, w, stored, b, y, local, g, lanes):
         first, tiles = _tiles(g, block)
         buffer = local[get_thread_id()]
         U, M = buffer[:size], buffer[size:]
-        for t in range(tiles):
-            for o in range(g.Po):
-                M[one * step + t * g.Po + o] = b[q * g.Po + o] if q * g.Po + o < g.Cout else 0
         for p in range(g.pi):
             rows = min(g.Pi, g.Cin - p * g.Pi)
             if len(stored):
@@ -277,18 +258,14 @@ def _outputs(V, w, stored, b, y, local, g, lanes):
                 _panel_filters(w, g, p, q, False, U, U, lanes)
             for k in range(g.points):
                 simd.multiply(g.Po // lanes, V, ((block * g.pi + p) * g.points + k) * x_step, g.Pi, 0, 1,
-                              U, k * (rows * g.Po + PAD), 0, M, k * step, g.Po, tiles, 1, rows, g.Po, p > 0 or k == one)
+                              U, k * (rows * g.Po + PAD), 0, M, k * step, g.Po, tiles, 1, rows, g.Po,
+                              simd.ADD if p > 0 else simd.ROW if k == one else simd.ZERO, b, q * g.Po)
         for t in range(tiles):
             n, i, j = _where(g, first + t)
             for lane in range(0, g.Po, lanes):
                 o = q * g.Po + lane
                 target, row = ((n * g.oh + i) * g.ow + j) * g.Cout + o, g.ow * g.Cout
-                if g.r == 3:
-                    _y3(M, t * g.Po + lane, step, y, target, row, g.Cout, 0, g.oh - i, 0, g.ow - j, g.Cout - o)
-                elif g.r == 5:
-                    _y5(M, t * g.Po + lane, step, y, target, row, g.Cout, 0, g.oh - i, 0, g.ow - j, g.Cout - o)
-                else:
-                    _y7(M, t * g.Po + lane, step, y, target, row, g.Cout, 0, g.oh - i, 0, g.ow - j, g.Cout - o)
+                _y(g.r, M, t * g.Po + lane, step, y, target, row, g.Cout, 0, g.oh - i, 0, g.ow - j, g.Cout - o)
 
 
 @njit(cache=True, parallel=True)
@@ -309,19 +286,15 @@ def _input_gradients(dM, w, stored, dx, local, g, lanes):
                     _panel_filters(w, g, p, q, True, U, turned, lanes)
                 for k in range(g.points):
                     simd.multiply(g.Pi // lanes, dM, ((block * g.po + q) * g.points + k) * y_step, g.Po, 0, 1,
-                                  U, k * (rows * g.Pi + PAD), 0, dV, k * step, g.Pi, tiles, 1, rows, g.Pi, q > 0)
+                                  U, k * (rows * g.Pi + PAD), 0, dV, k * step, g.Pi, tiles, 1, rows, g.Pi,
+                                  simd.ADD if q > 0 else simd.ZERO, dV, 0)
             for t in range(tiles):
                 n, i, j = _where(g, first + t)
                 r0, r1, c0, c1 = g.top - i, g.top - i + g.H, g.left - j, g.left - j + g.W
                 for lane in range(0, g.Pi, lanes):
                     c = p * g.Pi + lane
                     target, row = ((n * g.H - r0) * g.W - c0) * g.Cin + c, g.W * g.Cin
-                    if g.r == 3:
-                        _dx3(dV, t * g.Pi + lane, step, dx, target, row, g.Cin, r0, r1, c0, c1, g.Cin - c)
-                    elif g.r == 5:
-                        _dx5(dV, t * g.Pi + lane, step, dx, target, row, g.Cin, r0, r1, c0, c1, g.Cin - c)
-                    else:
-                        _dx7(dV, t * g.Pi + lane, step, dx, target, row, g.Cin, r0, r1, c0, c1, g.Cin - c)
+                    _dx(g.r, dV, t * g.Pi + lane, step, dx, target, row, g.Cin, r0, r1, c0, c1, g.Cin - c)
 
 
 @njit(cache=True, parallel=True)
@@ -336,15 +309,11 @@ def _filter_gradients(V, dM, dw, local, g, lanes):
             first, tiles = _tiles(g, block)
             for k in range(g.points):
                 simd.multiply(g.Po // lanes, V, ((block * g.pi + p) * g.points + k) * x_step, 1, 0, g.Pi,
-                              dM, ((block * g.po + q) * g.points + k) * y_step, 0, dU, k * step, g.Po, g.Pi, 1, tiles, g.Po, block > 0)
+                              dM, ((block * g.po + q) * g.points + k) * y_step, 0, dU, k * step, g.Po, g.Pi, 1, tiles, g.Po,
+                              simd.ADD if block > 0 else simd.ZERO, dU, 0)
         tap = g.Cin * g.Cout
         for c in range(min(g.Pi, g.Cin - p * g.Pi)):
             for lane in range(0, g.Po, lanes):
                 o = q * g.Po + lane
                 target = (p * g.Pi + c) * g.Cout + o
-                if g.r == 3:
-                    _dw3(dU, c * g.Po + lane, step, dw, target, 3 * tap, tap, 0, 3, 0, 3, g.Cout - o)
-                elif g.r == 5:
-                    _dw5(dU, c * g.Po + lane, step, dw, target, 5 * tap, tap, 0, 5, 0, 5, g.Cout - o)
-                else:
-                    _dw7(dU, c * g.Po + lane, step, dw, target, 7 * tap, tap, 0, 7, 0, 7, g.Cout - o)
+                _dw(g.r, dU, c * g.Po + lane, step, dw, target, g.r * tap, tap, 0, g.r, 0, g.r, g.Cout - o)
