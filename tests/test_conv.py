@@ -257,3 +257,10 @@ def test_exact_has_the_error_of_a_plain_sum_and_ends_with_its_block():
     with pytest.raises(KeyError), conv.exact():
         raise KeyError
     assert conv.method(x, w, 1, (1, 1, 1, 1), 1) == "winograd"
+
+
+def test_winograd_needs_four_tiles():
+    for size, tile in ((3, 4), (4, 3), (5, 4), (7, 2)):
+        for rows, way in ((4, "winograd"), (3, "direct")):
+            x, w, _ = random((1, size - 1 + tile, size - 1 + rows * tile, 2), (size, size, 2, 3), (3,))
+            assert conv.method(x, w, 1, (0, 0, 0, 0), 1) == way

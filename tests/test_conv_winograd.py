@@ -75,8 +75,9 @@ def test_float32_errors_stay_within_their_bound(shape, bound):
 
 @pytest.mark.parametrize("r", conv_winograd.TILES)
 def test_gradient(r):
-    x, w, b = arrays((2, r + 3, r + 1, 2, 3, r, None), seed=2)
+    x, w, b = arrays((2, r + 4, r + 5, 2, 3, r, None), seed=2)
     pad = (1, 0, 2, 1)
+    assert conv.method(x, w, 1, pad, 1) == "winograd"
     check_grad(lambda x, w, b: conv.forward(x, w, b, 1, pad), conv.backward, [x, w, b])
 
 

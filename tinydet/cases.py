@@ -54,7 +54,7 @@ def _conv(rng):
 def _square(size, stride=1):
     """A kernel that ops/conv.py hands to conv_winograd.py or, with a stride, to conv_direct.py."""
     def case(rng):
-        x, w, b = (rng.standard_normal(s) for s in ((2, size + 3, size + 1, 2), (size, size, 2, 3), (3,)))
+        x, w, b = (rng.standard_normal(s) for s in ((2, size + 4, size + 5, 2), (size, size, 2, 3), (3,)))
         return lambda x, w, b: conv.forward(x, w, b, stride, (1, 0, 2, 1)), conv.backward, [x, w, b]
     return case
 

@@ -97,20 +97,22 @@ def _column_sums_numpy(dy):
 def method(x, w, stride, pad, dilation):
     """Which of three ways the Numba backend goes: "blas", "winograd" or "direct". Figures: examples/bench_cpu.py
 
-    kernel                stride, dilation    way         y and dx computed as                             float32 error / largest value
-    1x1, no padding       1, 1              blas        one matrix product                               1e-6
-    3x3, 4x4, 5x5, 7x7    1, 1              winograd    conv_winograd.py: 1/3 to 1/6 of the products     1e-5
-    fewer windows than output channels      blas        one matrix product, of the unrolled image        1e-6
-    all others                              direct      conv_direct.py                                   1e-6
+    kernel                  stride, dilation    way         y and dx computed as                           float32 error / largest value
+    1x1, no padding         1, 1                blas        one matrix product                             1e-6
+    3x3, 4x4, 5x5, 7x7      1, 1                winograd    conv_winograd.py: 1/3 to 1/6 of the products   2e-5 (dw: 3e-5)
+    fewer windows than output channels          blas        one matrix product, of the unrolled image      1e-6
+    all others                                  direct      conv_direct.py                                 2e-6
 
+    Winograd's filters cost more than they save below four tiles (64 windows of a 3x3 kernel): then one of the two last rows.
     exact() leaves Winograd out.
     """
     kh, kw = w.shape[:2]
+    windows = len(x) * math.prod(output_size(x, w, stride, pad, dilation))
     if kh == kw == stride == 1 and not any(pad):
         return "blas"
-    if kh == kw and kh in conv_winograd.TILES and stride == dilation == 1 and not _exact:
+    if kh == kw and kh in conv_winograd.TILES and stride == dilation == 1 and windows >= 4 * conv_winograd.TILES[kh] ** 2 and not _exact:
         return "winograd"
-    return "blas" if len(x) * math.prod(output_size(x, w, stride, pad, dilation)) < w.shape[3] else "direct"
+    return "blas" if windows < w.shape[3] else "direct"
 
 
 _exact = False

@@ -188,29 +188,51 @@ def _correlate(x, packed, b, y, maps, strides, Cout, local, oh, rows, deep, wide
         for m in range(len(maps)):
             kh, kw, height, ow, row, col, place, weights = maps[m]
             whole = ow // block * block                                 # outputs of a row in whole blocks; the others go through `rest`
-            once = dilation == 1 and kh * kw * C * P * x.itemsize <= FIRST      # the whole kernel at a time, or one row of it
             for q in range(panels):
                 columns = min(P, Cout - q * P)
-                for u in range(1 if once else kh):
-                    if dilation == 1:
-                        outer, a_outer, inner = kh if once else 1, wide * C, kw * C
-                    else:
-                        outer, a_outer, inner = kw, dilation * C, C
-                    taps = weights + (q * kh + u) * kw * C * P
+                for u, v, k, outer, inner in _pieces(kh, kw, C, P, dilation, FIRST // x.itemsize):
                     for i in range(min(rows, height - i0)):
-                        a = ((i * stride + u * dilation + row) * wide + col) * C
+                        above = (i0 + i) * stride - top + row           # the image's row under the kernel's first
+                        low, high = _inside(above, kh, H, dilation)
+                        if high == low:
+                            low = high = 0                              # none: the first piece writes b
+                        first, count = max(u, low), min(u + outer, high) - max(u, low)
+                        begins = u + v + k == 0 if low == 0 else first == low and v + k == 0
+                        if count <= 0 and not (high == 0 and begins):
+                            continue
+                        begin = simd.ROW if begins else simd.ADD
+                        taps = weights + (((q * kh + first) * kw + v) * C + k) * P
+                        a = ((i * stride + first * dilation + row) * wide + v * dilation + col) * C + k
                         at = place + n * strides[0] + (i0 + i) * strides[1] + q * P
-                        simd.multiply(P // lanes, strip, a, stride * C, a_outer, 1, packed, taps, inner * P,
-                                      y, at, strides[2], whole, outer, inner, columns, simd.ADD if u > 0 else simd.ROW, b, q * P)
+                        simd.multiply(P // lanes, strip, a, stride * C, wide * C, 1, packed, taps, kw * C * P,
+                                      y, at, strides[2], whole, count, inner, columns, begin, b, q * P)
                         if whole < ow:
-                            simd.multiply(P // lanes, strip, a + whole * stride * C, stride * C, a_outer, 1, packed, taps, inner * P,
-                                          rest, 0, P, 1, outer, inner, P, simd.ZERO if u > 0 else simd.ROW, b, q * P)
+                            simd.multiply(P // lanes, strip, a + whole * stride * C, stride * C, wide * C, 1, packed, taps, kw * C * P,
+                                          rest, 0, P, 1, count, inner, P, simd.ROW if begins else simd.ZERO, b, q * P)
                             for j in range(whole, ow):
                                 for o in range(columns):
-                                    if u > 0:
-                                        y[at + j * strides[2] + o] += rest[(j - whole) * P + o]
-                                    else:
+                                    if begins:
                                         y[at + j * strides[2] + o] = rest[(j - whole) * P + o]
+                                    else:
+                                        y[at + j * strides[2] + o] += rest[(j - whole) * P + o]
+
+
+@njit
+def _inside(above, kh, H, dilation):
+    """First and end of the kernel rows that lie in the image, where row 0 lies at `above`."""
+    low = -(above // dilation) if above < 0 else 0                      # the smallest u with above + u * dilation >= 0
+    return min(low, kh), max(min(low, kh), min(kh, (H - above + dilation - 1) // dilation))
+
+
+@njit
+def _pieces(kh, kw, C, P, dilation, most):
+    """Cut the kernel so that the weights of a piece are at most so many: (u, v, k, outer, inner), from number k of tap (u, v) on `inner`
+    numbers that lie side by side in the image, in `outer` kernel rows."""
+    run = kw * C if dilation == 1 else C
+    if dilation == 1 and kh * run * P <= most:
+        return [(0, 0, 0, kh, run)]
+    some = max(1, most // P)
+    return [(u, v, k, 1, min(some, run - k)) for u in range(kh) for v in range(1 if dilation == 1 else kw) for k in range(0, run, some)]
 
 
 @njit(cache=True, parallel=True)
@@ -246,16 +268,23 @@ def _weight_gradient(x, dy, sums, local, rows, deep, wide, kw, stride, top, left
             n, i0 = k // strips, k % strips * rows
             count = min(rows, oh - i0)
             _strip(x, n, i0 * stride - top, -left, strip, deep, wide)
-            for i in range(count):
-                for j in range(ow):
-                    at = (i * ow + j) * P
-                    for o in range(columns):
-                        right[at + o] = dy[n, i0 + i, j, q * P + o]
-                    for o in range(columns, P):
-                        right[at + o] = 0
+            if Cout == P:
+                right = dy[n, i0:i0 + count].reshape(-1)                # already one panel
+            else:
+                _panel(dy[n, i0:i0 + count].reshape(-1, Cout), q * P, columns, P, right)
             for i in range(0, count, some):
                 for u in range(kh):
                     for v in range(taps):
                         simd.multiply(P // lanes, strip, ((i * stride + u * dilation) * wide + v * dilation) * C, 1, stride * wide * C, stride * C,
                                       right, i * ow * P, ow * P, total, (u * taps + v) * rounded * P, P,
                                       run, min(some, count - i), ow, P, simd.ADD, total, 0)
+
+
+@njit
+def _panel(dy, first, columns, P, panel):
+    """Copy columns of dy to a panel of width P, 0 beyond them."""
+    for r in range(len(dy)):
+        for o in range(columns):
+            panel[r * P + o] = dy[r, first + o]
+        for o in range(columns, P):
+            panel[r * P + o] = 0

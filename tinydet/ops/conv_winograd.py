@@ -21,18 +21,21 @@ from numba import config, get_thread_id, njit, prange
 
 from tinydet import simd, workspace
 
-TILES = {3: 4, 4: 3, 5: 4, 7: 2}    # m for each r. F(6x6, 3x3) was slower, F(4x4, 7x7) has an error of 1e-4
-BLOCK = 128                         # tiles in a block, at most (of 36 points, fewer of more): its products stay in the cache
+TILES = {3: 4, 4: 3, 5: 4, 7: 2}    # m for each r. F(6x6, 3x3) was slower, F(4x4, 7x7) had errors of 2e-4 in dw with the best of many points
+POINTS = ("0", "1", "-1", "2", "-2", "1/2", "-1/2")                             # and infinity; a tile takes the first it needs
+BLOCK = {36: 128, 64: 54}           # tiles in a block, at most, by number of points: its products stay in the cache
+TASKS = 8                           # at least, where there are as many images: shared by the threads, whatever their number
+FEW = 24                            # tiles, below which no block is cut to make a task
 REUSE = 3                           # blocks from which on U is held as a whole: each block would make it anew
-ROOM = 48 << 20                     # numbers of V and dM in memory at a time: larger batches go in groups of images
+ROOM = 16 << 20                     # numbers of V and dM in memory at a time: larger batches go in groups of images
 
 
 def matrices(m, r):
-    """A (a, m), B (a, a) and G (a, r), float64, a = m + r - 1, for the points 0, 1, -1, 2, -2, 1/2, -1/2, ... and infinity.
+    """A (a, m), B (a, a) and G (a, r), float64, a = m + r - 1, for the first a - 1 POINTS and infinity.
 
     Row i of G is scaled by a power of two and column i of B by its inverse, so that both stay moderate; that changes no product.
     """
-    points = [Fraction(p) for p in ("0", "1", "-1", "2", "-2", "1/2", "-1/2", "3/4", "-3/4")][:m + r - 2]
+    points = [Fraction(p) for p in POINTS[:m + r - 2]]
     powers = lambda p, n: [p ** k for k in range(n)]                                        # noqa: E731
     A = [powers(p, m) for p in points] + [[Fraction(0)] * (m - 1) + [Fraction(1)]]
     G = [[v / np.prod([p - q for q in points if q != p]) for v in powers(p, r)] for p in points] + [[Fraction(0)] * (r - 1) + [Fraction(1)]]
@@ -96,16 +99,18 @@ def plan(x, w, pad):
     oh, ow = H + pad[0] + pad[1] - r + 1, W + pad[2] + pad[3] - r + 1
     across = -(-ow // m)
     tiles = -(-oh // m) * across
-    most = BLOCK * 36 // points
+    Pi, Po = simd.panel(Cin, x.dtype), simd.panel(Cout, x.dtype)
+    pi, po = -(-Cin // Pi), -(-Cout // Po)
+    least = min(-(-TASKS // min(pi, po)), N * tiles // FEW)             # blocks
+    most = BLOCK[points]
     if tiles <= most:                                                   # a block is some whole images, ...
-        images, parts = max(1, -(-N // max(1, -(-N * tiles // most)))), 1
+        images, parts = max(1, -(-N // max(1, least, -(-N * tiles // most)))), 1
     else:                                                               # ... or an image is some blocks
-        images, parts = 1, -(-tiles // most)
+        images, parts = 1, max(-(-tiles // most), -(-least // N) if N else 1)
     block = -(-images * tiles // parts)
     rows = -(-block // simd.ALL_ROWS) * simd.ALL_ROWS
-    Pi, Po = simd.panel(Cin, x.dtype), simd.panel(Cout, x.dtype)
     return Plan(N, H, W, oh, ow, Cin, Cout, r, m, points, pad[0], pad[2], across, tiles, images, parts, block, rows,
-                -(-N // images) * parts, Pi, Po, -(-Cin // Pi), -(-Cout // Po))
+                -(-N // images) * parts, Pi, Po, pi, po)
 
 
 def room(x, w, pad):
@@ -167,7 +172,11 @@ def _backward(dy, x, w, pad, dx, dw):
             _input_gradients(dM, w.reshape(-1), U, dx.reshape(-1), local, g, lanes)
         if dw is not None:
             _cut(x.reshape(-1), V, g, False, g.H, g.W, g.Cin, g.top, g.left, g.Pi, g.pi, lanes)
-            _filter_gradients(V, dM, dw.reshape(-1), local, g, lanes)
+            parts = min(g.blocks, -(-TASKS // (g.pi * g.po)))
+            sums = np.zeros((parts, *dw.shape), dw.dtype) if parts > 1 else dw[None]
+            _filter_gradients(V, dM, sums.reshape(parts, -1), local, g, lanes)
+            if parts > 1:
+                dw += sums.sum(0)
 
 
 @njit
@@ -298,22 +307,22 @@ def _input_gradients(dM, w, stored, dx, local, g, lanes):
 
 
 @njit(cache=True, parallel=True)
-def _filter_gradients(V, dM, dw, local, g, lanes):
-    """dw from V and dM: for each pair of panels dU = V^T dM over all blocks, then dw = G^T dU G."""
+def _filter_gradients(V, dM, sums, local, g, lanes):
+    """dw from V and dM, in parts: for each pair of panels dU = V^T dM over the blocks of the part, then dw = G^T dU G."""
     x_step, y_step = g.rows * g.Pi + PAD, g.rows * g.Po + PAD
     step = -(-g.Pi // simd.ALL_ROWS) * simd.ALL_ROWS * g.Po             # blocks of rows go beyond the panel
-    for task in prange(g.pi * g.po):
-        p, q = np.int64(task) // g.po, np.int64(task) % g.po
-        dU = local[get_thread_id()]
-        for block in range(g.blocks):
+    for task in prange(len(sums) * g.pi * g.po):
+        part, p, q = np.int64(task) // (g.pi * g.po), np.int64(task) // g.po % g.pi, np.int64(task) % g.po
+        dU, begin = local[get_thread_id()], g.blocks * part // len(sums)
+        for block in range(begin, g.blocks * (part + 1) // len(sums)):
             first, tiles = _tiles(g, block)
             for k in range(g.points):
                 simd.multiply(g.Po // lanes, V, ((block * g.pi + p) * g.points + k) * x_step, 1, 0, g.Pi,
                               dM, ((block * g.po + q) * g.points + k) * y_step, 0, dU, k * step, g.Po, g.Pi, 1, tiles, g.Po,
-                              simd.ADD if block > 0 else simd.ZERO, dU, 0)
+                              simd.ADD if block > begin else simd.ZERO, dU, 0)
         tap = g.Cin * g.Cout
         for c in range(min(g.Pi, g.Cin - p * g.Pi)):
             for lane in range(0, g.Po, lanes):
                 o = q * g.Po + lane
                 target = (p * g.Pi + c) * g.Cout + o
-                _dw(g.r, dU, c * g.Po + lane, step, dw, target, g.r * tap, tap, 0, g.r, 0, g.r, g.Cout - o)
+                _dw(g.r, dU, c * g.Po + lane, step, sums[part], target, g.r * tap, tap, 0, g.r, 0, g.r, g.Cout - o)
