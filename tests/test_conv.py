@@ -259,8 +259,8 @@ def test_exact_has_the_error_of_a_plain_sum_and_ends_with_its_block():
     assert conv.method(x, w, 1, (1, 1, 1, 1), 1) == "winograd"
 
 
-def test_winograd_needs_four_tiles():
-    for size, tile in ((3, 4), (4, 3), (5, 4), (7, 2)):
-        for rows, way in ((4, "winograd"), (3, "direct")):
-            x, w, _ = random((1, size - 1 + tile, size - 1 + rows * tile, 2), (size, size, 2, 3), (3,))
-            assert conv.method(x, w, 1, (0, 0, 0, 0), 1) == way
+@pytest.mark.parametrize("size, Cout, rows, way", [(3, 9, 8, "winograd"), (3, 9, 7, "direct"), (5, 9, 8, "winograd"), (5, 9, 7, "direct"),
+                                                   (3, 72, 8, "winograd"), (5, 73, 9, "blas"), (5, 72, 9, "winograd"), (4, 72, 9, "winograd")])
+def test_winograd_needs_windows_that_share_its_filters(size, Cout, rows, way):
+    x, w, _ = random((1, size - 1 + 8, size - 1 + rows, 2), (size, size, 2, Cout), (3,))
+    assert conv.method(x, w, 1, (0, 0, 0, 0), 1) == way

@@ -116,16 +116,16 @@ ZERO, ADD, ROW = 0, 1, 2
 
 def _product(vectors, rows):
     @intrinsic
-    def product(typing, a, ia, a_row, a_outer, a_inner, b, ib, b_outer, c, ic, c_row, outer, inner, columns, start, first, i_first):
-        """C[r, v] = S[r, v] + sum_{i < outer, j < inner} A[ia + r*a_row + i*a_outer + j*a_inner] * B[ib + i*b_outer + j*width + v], r < rows.
+    def product(typing, a, ia, a_row, a_outer, a_inner, b, ib, b_outer, b_inner, c, ic, c_row, outer, inner, columns, start, first, i_first):
+        """C[r, v] = S[r, v] + sum_{i < outer, j < inner} A[ia + r*a_row + i*a_outer + j*a_inner] * B[ib + i*b_outer + j*b_inner + v], r < rows.
 
         C[r, v] is element ic + r*c_row + v; only its first `columns` columns are read and written. S, by start: ZERO is 0, ADD is C
         before, ROW is first[i_first + v], whole vectors.
         """
         def emit(context, builder, signature, values):
-            a, ia, a_row, a_outer, a_inner, b, ib, b_outer, c, ic, c_row, outer, inner, columns, start, first, i_first = values
+            a, ia, a_row, a_outer, a_inner, b, ib, b_outer, b_inner, c, ic, c_row, outer, inner, columns, start, first, i_first = values
             e = Emitter(context, builder, signature.args[0].dtype)
-            pa, pb, pc, pf = (e.pointer(signature.args[k], values[k], values[k + 1]) for k in (0, 5, 8, 15))
+            pa, pb, pc, pf = (e.pointer(signature.args[k], values[k], values[k + 1]) for k in (0, 5, 9, 16))
             width = vectors * e.lanes
             sums = [[cgutils.alloca_once(builder, e.vector) for _ in range(vectors)] for _ in range(rows)]
             full = builder.icmp_signed(">=", columns, e.index(width))
@@ -160,7 +160,7 @@ def _product(vectors, rows):
                 b_i = builder.gep(pb, [builder.mul(i.index, b_outer)])
                 with cgutils.for_range(builder, inner, intp=INDEX) as j:
                     a_j = builder.gep(a_i, [builder.mul(j.index, a_inner)])
-                    b_j = builder.gep(b_i, [builder.mul(j.index, e.index(width))])
+                    b_j = builder.gep(b_i, [builder.mul(j.index, b_inner)])
                     right = [e.load(b_j, e.index(v * e.lanes)) for v in range(vectors)]
                     for r, row in enumerate(sums):
                         left = e.splat(builder.load(builder.gep(a_j, [builder.mul(a_row, e.index(r))])))
@@ -178,7 +178,7 @@ def _product(vectors, rows):
                             e.masked_store(builder.load(sums[r][v]), pc, where(r, v), m)
             return context.get_dummy_value()
 
-        return _void(a, ia, a_row, a_outer, a_inner, b, ib, b_outer, c, ic, c_row, outer, inner, columns, start, first, i_first), emit
+        return _void(a, ia, a_row, a_outer, a_inner, b, ib, b_outer, b_inner, c, ic, c_row, outer, inner, columns, start, first, i_first), emit
     return product
 
 
@@ -195,43 +195,43 @@ def short(vectors):
 
 
 @njit
-def multiply(vectors, a, ia, a_row, a_outer, a_inner, b, ib, b_outer, c, ic, c_row, rows, outer, inner, columns, start, first, i_first):
+def multiply(vectors, a, ia, a_row, a_outer, a_inner, b, ib, b_outer, b_inner, c, ic, c_row, rows, outer, inner, columns, start, first, i_first):
     """product for `rows` rows, block by block; the last block may go beyond them, up to a multiple of SHORT[vectors]."""
     r = 0
     if vectors == 4 and R4 > 1:
         while rows - r >= R4:
-            product4(a, ia + r * a_row, a_row, a_outer, a_inner, b, ib, b_outer, c, ic + r * c_row, c_row, outer, inner, columns,
+            product4(a, ia + r * a_row, a_row, a_outer, a_inner, b, ib, b_outer, b_inner, c, ic + r * c_row, c_row, outer, inner, columns,
                      start, first, i_first)
             r += R4
         while r < rows:
-            short4(a, ia + r * a_row, a_row, a_outer, a_inner, b, ib, b_outer, c, ic + r * c_row, c_row, outer, inner, columns,
+            short4(a, ia + r * a_row, a_row, a_outer, a_inner, b, ib, b_outer, b_inner, c, ic + r * c_row, c_row, outer, inner, columns,
                    start, first, i_first)
             r += S4
     elif vectors == 3 and R3 > 1:
         while rows - r >= R3:
-            product3(a, ia + r * a_row, a_row, a_outer, a_inner, b, ib, b_outer, c, ic + r * c_row, c_row, outer, inner, columns,
+            product3(a, ia + r * a_row, a_row, a_outer, a_inner, b, ib, b_outer, b_inner, c, ic + r * c_row, c_row, outer, inner, columns,
                      start, first, i_first)
             r += R3
         while r < rows:
-            short3(a, ia + r * a_row, a_row, a_outer, a_inner, b, ib, b_outer, c, ic + r * c_row, c_row, outer, inner, columns,
+            short3(a, ia + r * a_row, a_row, a_outer, a_inner, b, ib, b_outer, b_inner, c, ic + r * c_row, c_row, outer, inner, columns,
                    start, first, i_first)
             r += S3
     elif vectors == 2:
         while rows - r >= R2:
-            product2(a, ia + r * a_row, a_row, a_outer, a_inner, b, ib, b_outer, c, ic + r * c_row, c_row, outer, inner, columns,
+            product2(a, ia + r * a_row, a_row, a_outer, a_inner, b, ib, b_outer, b_inner, c, ic + r * c_row, c_row, outer, inner, columns,
                      start, first, i_first)
             r += R2
         while r < rows:
-            short2(a, ia + r * a_row, a_row, a_outer, a_inner, b, ib, b_outer, c, ic + r * c_row, c_row, outer, inner, columns,
+            short2(a, ia + r * a_row, a_row, a_outer, a_inner, b, ib, b_outer, b_inner, c, ic + r * c_row, c_row, outer, inner, columns,
                    start, first, i_first)
             r += S2
     else:
         while rows - r >= R1:
-            product1(a, ia + r * a_row, a_row, a_outer, a_inner, b, ib, b_outer, c, ic + r * c_row, c_row, outer, inner, columns,
+            product1(a, ia + r * a_row, a_row, a_outer, a_inner, b, ib, b_outer, b_inner, c, ic + r * c_row, c_row, outer, inner, columns,
                      start, first, i_first)
             r += R1
         while r < rows:
-            short1(a, ia + r * a_row, a_row, a_outer, a_inner, b, ib, b_outer, c, ic + r * c_row, c_row, outer, inner, columns,
+            short1(a, ia + r * a_row, a_row, a_outer, a_inner, b, ib, b_outer, b_inner, c, ic + r * c_row, c_row, outer, inner, columns,
                    start, first, i_first)
             r += S1
 

@@ -103,14 +103,14 @@ def method(x, w, stride, pad, dilation):
     fewer windows than output channels          blas        one matrix product, of the unrolled image      1e-6
     all others                                  direct      conv_direct.py                                 2e-6
 
-    Winograd's filters cost more than they save below four tiles (64 windows of a 3x3 kernel): then one of the two last rows.
-    exact() leaves Winograd out.
+    Winograd's filters cost more than they save where few windows share them: a 3x3 kernel needs 64, a larger one as many as it has
+    outputs. Otherwise, and inside exact(), one of the two last rows serves.
     """
     kh, kw = w.shape[:2]
     windows = len(x) * math.prod(output_size(x, w, stride, pad, dilation))
     if kh == kw == stride == 1 and not any(pad):
         return "blas"
-    if kh == kw and kh in conv_winograd.TILES and stride == dilation == 1 and windows >= 4 * conv_winograd.TILES[kh] ** 2 and not _exact:
+    if kh == kw and kh in conv_winograd.TILES and stride == dilation == 1 and not _exact and windows >= (64 if kh == 3 else max(64, w.shape[3])):
         return "winograd"
     return "blas" if windows < w.shape[3] else "direct"
 

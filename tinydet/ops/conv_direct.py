@@ -204,10 +204,10 @@ def _correlate(x, packed, b, y, maps, strides, Cout, local, oh, rows, deep, wide
                         taps = weights + (((q * kh + first) * kw + v) * C + k) * P
                         a = ((i * stride + first * dilation + row) * wide + v * dilation + col) * C + k
                         at = place + n * strides[0] + (i0 + i) * strides[1] + q * P
-                        simd.multiply(P // lanes, strip, a, stride * C, wide * C, 1, packed, taps, kw * C * P,
+                        simd.multiply(P // lanes, strip, a, stride * C, wide * C, 1, packed, taps, kw * C * P, P,
                                       y, at, strides[2], whole, count, inner, columns, begin, b, q * P)
                         if whole < ow:
-                            simd.multiply(P // lanes, strip, a + whole * stride * C, stride * C, wide * C, 1, packed, taps, kw * C * P,
+                            simd.multiply(P // lanes, strip, a + whole * stride * C, stride * C, wide * C, 1, packed, taps, kw * C * P, P,
                                           rest, 0, P, 1, count, inner, P, simd.ROW if begins else simd.ZERO, b, q * P)
                             for j in range(whole, ow):
                                 for o in range(columns):
@@ -260,7 +260,7 @@ def _weight_gradient(x, dy, sums, local, rows, deep, wide, kw, stride, top, left
     for task in prange(parts * panels):
         part, q = np.int64(task) // panels, np.int64(task) % panels
         columns = min(P, Cout - q * P)
-        strip, right = local[get_thread_id(), :deep * wide * C + rounded], local[get_thread_id(), deep * wide * C + rounded:]
+        strip, buffer = local[get_thread_id(), :deep * wide * C + rounded], local[get_thread_id(), deep * wide * C + rounded:]
         strip[deep * wide * C:] = 0
         total = sums[part, q].reshape(-1)
         total[:] = 0
@@ -268,15 +268,16 @@ def _weight_gradient(x, dy, sums, local, rows, deep, wide, kw, stride, top, left
             n, i0 = k // strips, k % strips * rows
             count = min(rows, oh - i0)
             _strip(x, n, i0 * stride - top, -left, strip, deep, wide)
-            if Cout == P:
-                right = dy[n, i0:i0 + count].reshape(-1)                # already one panel
+            if columns == P:                                            # the panel is read where it stands
+                right, begin, width = dy[n].reshape(-1), i0 * ow * Cout + q * P, Cout
             else:
+                right, begin, width = buffer, 0, P
                 _panel(dy[n, i0:i0 + count].reshape(-1, Cout), q * P, columns, P, right)
             for i in range(0, count, some):
                 for u in range(kh):
                     for v in range(taps):
                         simd.multiply(P // lanes, strip, ((i * stride + u * dilation) * wide + v * dilation) * C, 1, stride * wide * C, stride * C,
-                                      right, i * ow * P, ow * P, total, (u * taps + v) * rounded * P, P,
+                                      right, begin + i * ow * width, ow * width, width, total, (u * taps + v) * rounded * P, P,
                                       run, min(some, count - i), ow, P, simd.ADD, total, 0)
 
 

@@ -57,7 +57,7 @@ PAD = 16                            # numbers between matrices: keeps them out o
 A, B, G = ({r: matrices(m, r)[k] for r, m in TILES.items()} for k in range(3))
 _x = simd.gather({r: M.T for r, M in B.items()})                        # V = B^T x B, of one tile and one vector of channels
 _dy = simd.gather(A)                                                    # dM = A dy A^T
-_w = simd.gather(G)                                                     # U = G w G^T
+_w = simd.gather(G)                                                               # U = G w G^T
 _y = simd.scatter({r: M.T for r, M in A.items()}, add=False)            # y = A^T M A
 _dx = simd.scatter(B, add=True)                                         # dx += B dV B^T
 _dw = simd.scatter({r: M.T for r, M in G.items()}, add=True)            # dw += G^T dU G
@@ -215,29 +215,28 @@ def _cut(image, panels, g, gradient, H, W, C, top, left, P, count, lanes):
 
 
 @njit
-def _filters(w, at, row, tap, valid, rows, P, r, U, lanes):
-    """U (points, rows, P) from `rows` rows of w, tap (u, v) of row k at w[at + (u*r + v)*tap + k*row]; `valid` columns exist."""
+def _filters(w, at, row, tap, inside, rows, valid, P, r, U, lanes):
+    """U (points, rows, P) of `rows` rows of w, tap (u, v) of row k at w[at + (u*r + v)*tap + k*row]; `inside` rows and `valid` columns exist."""
     step = rows * P + PAD
     for k in range(rows):
         for lane in range(0, P, lanes):
-            source, target = at + k * row + lane, k * P + lane
-            _w(r, w, source, r * tap, tap, 0, r, 0, r, valid - lane, U, target, step)
+            _w(r, w, at + k * row + lane, r * tap, tap, 0, r, 0, r, valid - lane if k < inside else 0, U, k * P + lane, step)
 
 
 @njit
 def _panel_filters(w, g, p, q, gradient, U, turned, lanes):
-    """U of input panel p and output panel q: rows c and columns o, or for the gradient rows o and columns c (U^T)."""
+    """U of input panel p and output panel q: rows c and columns o, or for the gradient rows o and columns c (U^T); 0 beyond the channels."""
     tap = g.Cin * g.Cout
     at = p * g.Pi * g.Cout + q * g.Po
     inputs, outputs = min(g.Pi, g.Cin - p * g.Pi), min(g.Po, g.Cout - q * g.Po)
     if not gradient:
-        _filters(w, at, g.Cout, tap, outputs, inputs, g.Po, g.r, U, lanes)
+        _filters(w, at, g.Cout, tap, inputs, g.Pi, outputs, g.Po, g.r, U, lanes)
     else:
         for k in range(g.r * g.r):                                      # turn the weights, so that c lies along the vectors
             for c in range(inputs):
                 for o in range(outputs):
                     turned[(k * g.Po + o) * g.Pi + c] = w[at + k * tap + c * g.Cout + o]
-        _filters(turned, 0, g.Pi, g.Po * g.Pi, inputs, outputs, g.Pi, g.r, U, lanes)
+        _filters(turned, 0, g.Pi, g.Po * g.Pi, outputs, g.Po, inputs, g.Pi, g.r, U, lanes)
 
 
 @njit(cache=True, parallel=True)
@@ -259,16 +258,18 @@ def _outputs(V, w, stored, b, y, local, g, lanes):
         first, tiles = _tiles(g, block)
         buffer = local[get_thread_id()]
         U, M = buffer[:size], buffer[size:]
-        for p in range(g.pi):
-            rows = min(g.Pi, g.Cin - p * g.Pi)
-            if len(stored):
-                U = stored[(p * g.po + q) * size:]
-            else:
-                _panel_filters(w, g, p, q, False, U, U, lanes)
+        if len(stored):                                                 # all input panels in one product: M is written once
             for k in range(g.points):
-                simd.multiply(g.Po // lanes, V, ((block * g.pi + p) * g.points + k) * x_step, g.Pi, 0, 1,
-                              U, k * (rows * g.Po + PAD), 0, M, k * step, g.Po, tiles, 1, rows, g.Po,
-                              simd.ADD if p > 0 else simd.ROW if k == one else simd.ZERO, b, q * g.Po)
+                simd.multiply(g.Po // lanes, V, (block * g.pi * g.points + k) * x_step, g.Pi, g.points * x_step, 1,
+                              stored, q * size + k * (g.Pi * g.Po + PAD), g.po * size, g.Po, M, k * step, g.Po, tiles, g.pi, g.Pi, g.Po,
+                              simd.ROW if k == one else simd.ZERO, b, q * g.Po)
+        else:
+            for p in range(g.pi):
+                _panel_filters(w, g, p, q, False, U, U, lanes)
+                for k in range(g.points):
+                    simd.multiply(g.Po // lanes, V, ((block * g.pi + p) * g.points + k) * x_step, g.Pi, 0, 1,
+                                  U, k * (g.Pi * g.Po + PAD), 0, g.Po, M, k * step, g.Po, tiles, 1, g.Pi, g.Po,
+                                  simd.ADD if p > 0 else simd.ROW if k == one else simd.ZERO, b, q * g.Po)
         for t in range(tiles):
             n, i, j = _where(g, first + t)
             for lane in range(0, g.Po, lanes):
@@ -287,16 +288,18 @@ def _input_gradients(dM, w, stored, dx, local, g, lanes):
         U, dV, turned = buffer[:size], buffer[size:size + g.points * step], buffer[size + g.points * step:]
         for block in range(group * g.parts, (group + 1) * g.parts):
             first, tiles = _tiles(g, block)
-            for q in range(g.po):
-                rows = min(g.Po, g.Cout - q * g.Po)
-                if len(stored):
-                    U = stored[(p * g.po + q) * size:]
-                else:
-                    _panel_filters(w, g, p, q, True, U, turned, lanes)
+            if len(stored):
                 for k in range(g.points):
-                    simd.multiply(g.Pi // lanes, dM, ((block * g.po + q) * g.points + k) * y_step, g.Po, 0, 1,
-                                  U, k * (rows * g.Pi + PAD), 0, dV, k * step, g.Pi, tiles, 1, rows, g.Pi,
-                                  simd.ADD if q > 0 else simd.ZERO, dV, 0)
+                    simd.multiply(g.Pi // lanes, dM, (block * g.po * g.points + k) * y_step, g.Po, g.points * y_step, 1,
+                                  stored, p * g.po * size + k * (g.Pi * g.Po + PAD), size, g.Pi, dV, k * step, g.Pi, tiles, g.po, g.Po, g.Pi,
+                                  simd.ZERO, dV, 0)
+            else:
+                for q in range(g.po):
+                    _panel_filters(w, g, p, q, True, U, turned, lanes)
+                    for k in range(g.points):
+                        simd.multiply(g.Pi // lanes, dM, ((block * g.po + q) * g.points + k) * y_step, g.Po, 0, 1,
+                                      U, k * (g.Pi * g.Po + PAD), 0, g.Pi, dV, k * step, g.Pi, tiles, 1, g.Po, g.Pi,
+                                      simd.ADD if q > 0 else simd.ZERO, dV, 0)
             for t in range(tiles):
                 n, i, j = _where(g, first + t)
                 r0, r1, c0, c1 = g.top - i, g.top - i + g.H, g.left - j, g.left - j + g.W
@@ -318,7 +321,7 @@ def _filter_gradients(V, dM, sums, local, g, lanes):
             first, tiles = _tiles(g, block)
             for k in range(g.points):
                 simd.multiply(g.Po // lanes, V, ((block * g.pi + p) * g.points + k) * x_step, 1, 0, g.Pi,
-                              dM, ((block * g.po + q) * g.points + k) * y_step, 0, dU, k * step, g.Po, g.Pi, 1, tiles, g.Po,
+                              dM, ((block * g.po + q) * g.points + k) * y_step, 0, g.Po, dU, k * step, g.Po, g.Pi, 1, tiles, g.Po,
                               simd.ADD if block > begin else simd.ZERO, dU, 0)
         tap = g.Cin * g.Cout
         for c in range(min(g.Pi, g.Cin - p * g.Pi)):
