@@ -43,6 +43,7 @@ def arguments(argv=None):
 
 
 def main(args):
+    train.announce_compilation()
     net, settings = overfeat.load(args.weights)
     classes, cut = net.spec.classes, settings.get("cut", {})
     combining = {k: settings[k] for k in ("merging", "threshold") if k in settings}

@@ -81,16 +81,19 @@ def test_gradient(r):
     check_grad(lambda x, w, b: conv.forward(x, w, b, 1, pad), conv.backward, [x, w, b])
 
 
-def test_large_batches_go_in_groups_of_images(monkeypatch):
-    shape = (5, 10, 9, 4, 6, 3, (1, 1, 1, 1))
+@pytest.mark.parametrize("share, pieces", [(2, 3), (1, 5), (0.5, 15), (0.3, 15), (0.01, 15)])
+@pytest.mark.parametrize("pad", [(1, 1, 1, 1), (6, 0, 0, 2), (0, 7, 1, 1)])                  # also pieces that see nothing but padding
+def test_large_batches_go_in_pieces_that_fit_the_room(share, pieces, pad, monkeypatch):
+    shape = (5, 9 if pad[0] == 1 else 5, 9, 4, 6, 3, pad)                       # 9 to 10 rows of output: 3 rows of tiles
     x, w, b = arrays(shape)
-    dy, expected = reference(x, w, b, shape[-1])
-    monkeypatch.setattr(conv_winograd, "ROOM", 2 * conv_winograd.room(x[:1], w, shape[-1]))
+    dy, expected = reference(x, w, b, pad)
+    one = conv_winograd.room(x[:1], w, pad)
+    monkeypatch.setattr(conv_winograd, "ROOM", int(share * one))
     lent, borrow = [], workspace.borrow
     monkeypatch.setattr(workspace, "borrow", lambda *a: lent.append(a) or borrow(*a))
-    for a, e in zip(results(x, w, b, shape[-1], dy), expected):
+    for a, e in zip(results(x, w, b, pad, dy), expected):
         assert_allclose(a, e, rtol=0, atol=1e-12 * np.abs(e).max())
-    assert len(lent) == 6                           # groups of 2, 2 and 1, forward and backward
+    assert len(lent) == 2 * pieces                  # forward and backward
 
 
 def test_the_same_bits_for_any_number_of_threads():

@@ -272,3 +272,15 @@ def test_a_run_whose_net_overflows_keeps_its_last_checkpoint(tmp_path):
         fit(Run(tmp_path, {}), layer, optimizer, lambda i: 0.1, 6, step, every=2)
     arrays, meta = read_arrays(tmp_path / "checkpoint.npz")
     assert meta == {"steps": 2, "optimizer": "SGD plain"} and arrays["net/w"][0] == 1
+
+
+def test_the_first_compilation_is_announced_once():
+    program = """if True:
+        from numba import njit
+        from tinydet import train
+        train.announce_compilation()
+        list(train.progress(range(2), disable=True))                # asks for it too
+        print(njit(lambda x: x + 1)(1), njit(lambda x: x + 2)(1))
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
+    assert done.stdout == "2 3\n" and done.stderr.count("compiling loops for this CPU") == 1 and done.stderr.count("\n") == 1

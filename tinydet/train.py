@@ -1,11 +1,14 @@
 """The training loop, and the run folder that survives being killed: settings, metrics log, checkpoint."""
+import functools
 import json
 import math
 import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+from numba.core import event
 
 from tinydet import loader
 from tinydet.files import read_arrays, read_json, write, write_arrays
@@ -18,7 +21,26 @@ def progress(items, **options):
         from tqdm import tqdm
     except ImportError:
         raise ImportError("train.progress: the progress bar needs tqdm: pip install 'tinydet[examples]'") from None
+    announce_compilation()
     return tqdm(items, dynamic_ncols=True, **options)
+
+
+class _Announcement(event.Listener):
+    said = False
+
+    def on_start(self, event):
+        if not self.said:
+            print("compiling loops for this CPU: up to a minute, in the first run only (Numba keeps them on disk)", file=sys.stderr, flush=True)
+        self.said = True
+
+    def on_end(self, event):
+        pass
+
+
+@functools.cache
+def announce_compilation():
+    """From now on say on standard error, once, that Numba compiles, when it first does: the program would look hung. progress does it."""
+    event.register("numba:compile", _Announcement())
 
 
 def fit(run, net, optimizer, schedule, steps, step, every=100, prepare=None, workers=1):

@@ -110,7 +110,8 @@ def method(x, w, stride, pad, dilation):
     windows = len(x) * math.prod(output_size(x, w, stride, pad, dilation))
     if kh == kw == stride == 1 and not any(pad):
         return "blas"
-    if kh == kw and kh in conv_winograd.TILES and stride == dilation == 1 and not _exact and windows >= (64 if kh == 3 else max(64, w.shape[3])):
+    enough = windows >= (64 if kh == 3 else max(64, w.shape[3]))
+    if kh == kw and kh in conv_winograd.TILES and stride == dilation == 1 and enough and not _exact:
         return "winograd"
     return "blas" if windows < w.shape[3] else "direct"
 

@@ -21,7 +21,7 @@ from numba import config, get_thread_id, njit, prange
 
 from tinydet import simd, workspace
 
-TILES = {3: 4, 4: 3, 5: 4, 7: 2}    # m for each r. F(6x6, 3x3) was slower, F(4x4, 7x7) had errors of 2e-4 in dw with the best of many points
+TILES = {3: 4, 4: 3, 5: 4, 7: 2}    # m for each r. F(6x6, 3x3) was slower, F(4x4, 7x7) had errors of 2e-4 in dw
 POINTS = ("0", "1", "-1", "2", "-2", "1/2", "-1/2")                             # and infinity; a tile takes the first it needs
 BLOCK = {36: 128, 64: 54}           # tiles in a block, at most, by number of points: its products stay in the cache
 TASKS = 8                           # at least, where there are as many images: shared by the threads, whatever their number
@@ -57,7 +57,7 @@ PAD = 16                            # numbers between matrices: keeps them out o
 A, B, G = ({r: matrices(m, r)[k] for r, m in TILES.items()} for k in range(3))
 _x = simd.gather({r: M.T for r, M in B.items()})                        # V = B^T x B, of one tile and one vector of channels
 _dy = simd.gather(A)                                                    # dM = A dy A^T
-_w = simd.gather(G)                                                               # U = G w G^T
+_w = simd.gather(G)                                                     # U = G w G^T
 _y = simd.scatter({r: M.T for r, M in A.items()}, add=False)            # y = A^T M A
 _dx = simd.scatter(B, add=True)                                         # dx += B dV B^T
 _dw = simd.scatter({r: M.T for r, M in G.items()}, add=True)            # dw += G^T dU G
@@ -119,26 +119,36 @@ def room(x, w, pad):
     return g.blocks * g.points * (g.pi * (g.rows * g.Pi + PAD) + g.po * (g.rows * g.Po + PAD))
 
 
-def _groups(x, w, pad):
-    """Slices of the batch whose V and dM fit ROOM, of one image at least."""
-    some = max(1, ROOM // max(1, room(x[:1], w, pad)))
-    return [slice(n, n + some) for n in range(0, len(x), some)]
+def _pieces(x, w, pad):
+    """Cut the batch into pieces whose V and dM fit ROOM: some images, or some rows of one, of a row of tiles at least.
+
+    Yields (images, output rows, input rows), slices, and the padding of the piece. Neighbouring pieces of an image share input rows.
+    """
+    (top, bottom, left, right), H, r, m = pad, x.shape[1], len(w), TILES[len(w)]
+    oh, one = H + top + bottom - r + 1, max(1, room(x[:1], w, pad))
+    for n in range(0, len(x), max(1, ROOM // one)):
+        images = slice(n, n + max(1, ROOM // one))
+        some = oh if one <= ROOM else max(1, oh * ROOM // one // m) * m
+        for i in range(0, oh, some):
+            end = min(oh, i + some)
+            first, last = max(0, min(H, i - top)), max(0, min(H, end + r - 1 - top))
+            yield images, slice(i, end), slice(first, last), (first - (i - top), end + r - 1 - top - last, left, right)
 
 
 def forward(x, w, b, pad):
     """y of conv.forward with stride 1 and dilation 1; x (N, H, W, C), w (r, r, C, Cout), b contiguous, r in TILES."""
     g = plan(x, w, pad)
     y = np.empty((g.N, g.oh, g.ow, g.Cout), x.dtype)
-    for some in _groups(x, w, pad):
-        _forward(x[some], w, b, y[some], pad)
+    for images, rows, seen, border in _pieces(x, w, pad):
+        _forward(x[images, seen], w, b, y[images, rows], border)
     return y
 
 
 def backward(dy, x, w, pad, need_dx, need_dw):
     """dx and dw of forward, each None where it is not needed."""
     dx, dw = (np.zeros_like(a) if needed else None for a, needed in ((x, need_dx), (w, need_dw)))
-    for some in _groups(x, w, pad):
-        _backward(dy[some], x[some], w, pad, dx[some] if need_dx else None, dw)
+    for images, rows, seen, border in _pieces(x, w, pad):
+        _backward(dy[images, rows], x[images, seen], w, border, dx[images, seen] if need_dx else None, dw)
     return dx, dw
 
 
