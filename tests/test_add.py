@@ -60,3 +60,19 @@ def test_float32_and_transposed():
 def test_errors(a, b, error, message):
     with pytest.raises(error, match=r"^add\.forward: " + message):
         add.forward(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(0,), (3, 2), (add.PART + 1,), (300, 701)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_accumulate_adds_in_place(backend, shape, dtype, all_threads):
+    a, b = (np.random.default_rng(seed).standard_normal(shape).astype(dtype) for seed in (0, 1))
+    expected, kept = a + b, b.copy()
+    with use(backend):
+        add.accumulate(a, b)
+        assert_array_equal(a, expected, strict=True)
+        wide = np.asfortranarray(np.tile(a[..., None], 2))
+        add.accumulate(wide[..., 0], b)
+    assert_array_equal(wide[..., 0], expected + b)
+    assert_array_equal(wide[..., 1], expected)
+    assert_array_equal(b, kept)

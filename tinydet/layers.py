@@ -54,7 +54,7 @@ class Layer:
     def _add(self, **grads):
         if not self.frozen:
             for k, g in grads.items():
-                self.grads[k] += g
+                add.accumulate(self.grads[k], g)
 
 
 class Conv2D(Layer):

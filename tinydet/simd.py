@@ -35,6 +35,11 @@ def panel(C, dtype):
     return lanes(dtype) * max(v for v in ROWS if vectors % v == 0)
 
 
+def whole(b, P):
+    """b (C,) with zeros behind it, up to whole panels of width P."""
+    return b if len(b) % P == 0 else np.concatenate([b, np.zeros(-len(b) % P, b.dtype)])
+
+
 # Emitting
 
 INDEX = ir.IntType(64)

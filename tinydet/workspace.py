@@ -1,5 +1,6 @@
 """Scratch memory that ops share: one arena for each Python thread, kept between calls so that no op pays for fresh pages."""
 import contextlib
+import itertools
 import threading
 
 import numpy as np
@@ -29,8 +30,8 @@ def borrow(dtype, *sizes):
     if used is not None:
         _local.used = used + sum(room)
     try:
-        ends = np.cumsum(room) + (used or 0)
-        yield [memory[end - r:end - r + size * dtype.itemsize].view(dtype) for end, r, size in zip(ends, room, sizes)]
+        starts = itertools.accumulate(room, initial=used or 0)
+        yield [memory[start:start + size * dtype.itemsize].view(dtype) for start, size in zip(starts, sizes)]
     finally:
         if used is not None:
             _local.used = used

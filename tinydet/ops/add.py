@@ -1,5 +1,11 @@
 """Elementwise sum: where a residual branch or a feature pyramid's top-down path joins."""
+import numpy as np
+from numba import njit, prange
+
 from tinydet import checks
+from tinydet.backend import pick
+
+PART = 1 << 16          # numbers that one thread adds at a time
 
 
 def forward(a, b):
@@ -17,3 +23,30 @@ def backward(dy, cache):
     """da = db = dy: both are the array dy itself, not copies."""
     checks.gradient("add.backward", *cache, dy)
     return dy, dy
+
+
+def accumulate(total, x):
+    """total += x, in place: how parameter gradients add up. Arrays of one shape and dtype; large ones with every thread.
+
+    The one op that changes an input: a layer's `grads` are its own.
+    """
+    pick(total, numpy=_accumulate_numpy, numba=_accumulate_numba, cuda=_accumulate_numpy)(total, x)
+
+
+def _accumulate_numpy(total, x):
+    total += x
+
+
+def _accumulate_numba(total, x):
+    if total.size > PART and total.shape == x.shape and total.dtype == x.dtype and total.flags.c_contiguous and x.flags.c_contiguous:
+        _accumulate(total.reshape(-1), x.reshape(-1))
+    else:
+        total += x
+
+
+@njit(cache=True, parallel=True)
+def _accumulate(total, x):
+    for part in prange(-(-len(total) // PART)):
+        first = np.int64(part) * PART                                   # prange counts unsigned
+        for k in range(first, min(len(total), first + PART)):
+            total[k] += x[k]

@@ -115,7 +115,7 @@ def correlate(x, maps, base, b, stride, dilation):
     with workspace.borrow(x.dtype, sum(sizes), threads * (deep * wide * C + simd.ALL_ROWS * P)) as (packed, local):
         for (w, *_), row in zip(maps, table):
             _pack(w, packed[row[7]:row[7] + w.size // Cout * P * panels].reshape(panels, *w.shape[:3], P))
-        _correlate(x, packed, np.pad(b, (0, panels * P - Cout)), base.reshape(-1), table, strides, Cout, local.reshape(threads, -1),
+        _correlate(x, packed, simd.whole(b, P), base.reshape(-1), table, strides, Cout, local.reshape(threads, -1),
                    oh, rows, deep, wide, stride, top, left, dilation, P, lanes)
 
 

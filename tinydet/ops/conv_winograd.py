@@ -13,6 +13,7 @@ Layout: channels are cut into panels (simd.panel), tiles into blocks; of V and d
 (tiles, panel). Where few blocks share the filters, as in the wide layers at the end of a net, a task makes the U it needs, panel by panel,
 in its own buffer, where it stays in the cache; U is then never held as a whole.
 """
+import functools
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -91,15 +92,16 @@ class Plan(NamedTuple):
     po: int
 
 
-def plan(x, w, pad):
-    """The Plan of a layer: x (N, H, W, Cin), w (r, r, Cin, Cout), pad (top, bottom, left, right)."""
-    (N, H, W, Cin), (r, _, _, Cout) = x.shape, w.shape
+@functools.lru_cache(256)
+def plan(x_shape, w_shape, pad, dtype):
+    """The Plan of a layer: shapes (N, H, W, Cin) and (r, r, Cin, Cout), pad (top, bottom, left, right)."""
+    (N, H, W, Cin), (r, _, _, Cout) = x_shape, w_shape
     m = TILES[r]
     points = (m + r - 1) ** 2
     oh, ow = H + pad[0] + pad[1] - r + 1, W + pad[2] + pad[3] - r + 1
     across = -(-ow // m)
     tiles = -(-oh // m) * across
-    Pi, Po = simd.panel(Cin, x.dtype), simd.panel(Cout, x.dtype)
+    Pi, Po = simd.panel(Cin, dtype), simd.panel(Cout, dtype)
     pi, po = -(-Cin // Pi), -(-Cout // Po)
     least = min(-(-TASKS // min(pi, po)), N * tiles // FEW)             # blocks
     most = BLOCK[points]
@@ -115,7 +117,7 @@ def plan(x, w, pad):
 
 def room(x, w, pad):
     """Numbers that V and dM of the batch take."""
-    g = plan(x, w, pad)
+    g = plan(x.shape, w.shape, pad, x.dtype)
     return g.blocks * g.points * (g.pi * (g.rows * g.Pi + PAD) + g.po * (g.rows * g.Po + PAD))
 
 
@@ -137,7 +139,7 @@ def _pieces(x, w, pad):
 
 def forward(x, w, b, pad):
     """y of conv.forward with stride 1 and dilation 1; x (N, H, W, C), w (r, r, C, Cout), b contiguous, r in TILES."""
-    g = plan(x, w, pad)
+    g = plan(x.shape, w.shape, pad, x.dtype)
     y = np.empty((g.N, g.oh, g.ow, g.Cout), x.dtype)
     for images, rows, seen, border in _pieces(x, w, pad):
         _forward(x[images, seen], w, b, y[images, rows], border)
@@ -153,7 +155,7 @@ def backward(dy, x, w, pad, need_dx, need_dw):
 
 
 def _forward(x, w, b, y, pad):
-    g, threads, lanes = plan(x, w, pad), config.NUMBA_NUM_THREADS, simd.lanes(x.dtype)
+    g, threads, lanes = plan(x.shape, w.shape, pad, x.dtype), config.NUMBA_NUM_THREADS, simd.lanes(x.dtype)
     filters = g.points * (g.Pi * g.Po + PAD)                            # numbers in one U; of V and M, a block and panel:
     inner, outer = g.points * (g.rows * g.Pi + PAD), g.points * (g.rows * g.Po + PAD)
     reuse = g.blocks >= REUSE
@@ -162,12 +164,12 @@ def _forward(x, w, b, y, pad):
         _cut(x.reshape(-1), V, g, False, g.H, g.W, g.Cin, g.top, g.left, g.Pi, g.pi, lanes)
         if reuse:
             _all_filters(w.reshape(-1), g, False, U, local, lanes)
-        _outputs(V, w.reshape(-1), U, np.pad(b, (0, g.Po * g.po - g.Cout)), y.reshape(-1), local, g, lanes)
+        _outputs(V, w.reshape(-1), U, simd.whole(b, g.Po), y.reshape(-1), local, g, lanes)
 
 
 def _backward(dy, x, w, pad, dx, dw):
     """Add the gradients to dx and dw, where they are not None."""
-    g, threads, lanes = plan(x, w, pad), config.NUMBA_NUM_THREADS, simd.lanes(x.dtype)
+    g, threads, lanes = plan(x.shape, w.shape, pad, x.dtype), config.NUMBA_NUM_THREADS, simd.lanes(x.dtype)
     filters = g.points * (g.Pi * g.Po + PAD)
     inner, outer = g.points * (g.rows * g.Pi + PAD), g.points * (g.rows * g.Po + PAD)
     local = max(filters + inner + g.r * g.r * g.Pi * g.Po, g.points * -(-g.Pi // simd.ALL_ROWS) * simd.ALL_ROWS * g.Po)
