@@ -1,4 +1,9 @@
 """Shared by all tests: the Hypothesis profile, the backends, and inputs that stay off the kinks."""
+import contextlib
+import ctypes
+import mmap
+import sys
+
 import tinydet  # noqa: F401  first: it sets how waiting threads behave, which numpy and numba read once
 
 import numba
@@ -6,6 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
+
+from tinydet import workspace
 
 BACKENDS = ("numpy", "numba")           # every name that tinydet.use takes and this machine can run
 
@@ -21,6 +28,46 @@ def all_threads():
     numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
     yield
     numba.set_num_threads(1)
+
+
+@pytest.fixture(params=["end", "begin"])
+def guarded(request, monkeypatch):
+    """Every scratch array is filled with NaN and ends (or begins) at a page that kills the process if it is touched.
+
+    Returns a function that copies an array to such a place.
+    """
+    if not sys.platform.startswith("linux"):
+        pytest.skip("needs Linux's mmap and mprotect")
+    libc, page, lent = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE, []
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+    libc.mprotect.argtypes, libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int], [ctypes.c_void_p, ctypes.c_size_t]
+
+    def lend(size, dtype):
+        room = size * np.dtype(dtype).itemsize
+        pages = -(-room // page) + 2
+        start = libc.mmap(None, pages * page, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+        lent.append((start, pages * page))
+        for border in (start, start + (pages - 1) * page):
+            assert libc.mprotect(border, page, 0) == 0
+        at = start + (pages - 1) * page - room if request.param == "end" else start + page
+        array = np.frombuffer((ctypes.c_char * room).from_address(at), dtype) if room else np.empty(0, dtype)
+        array[:] = np.nan
+        return array
+
+    @contextlib.contextmanager
+    def borrow(dtype, *sizes):
+        yield [lend(size, dtype) for size in sizes]
+
+    def put(a):
+        copy = lend(a.size, a.dtype).reshape(a.shape)
+        copy[...] = a
+        return copy
+
+    monkeypatch.setattr(workspace, "borrow", borrow)
+    yield put
+    for start, room in lent:
+        libc.munmap(start, room)
 
 
 seeds = st.integers(0, 2**32 - 1)

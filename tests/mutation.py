@@ -48,12 +48,14 @@ except ImportError:
 
 ROOT = Path(__file__).resolve().parents[1]
 TREE = ("tinydet", "tests", "kernels", "examples", "README.md", "pyproject.toml")       # what a copy holds
-FILES = ("tinydet/ops/*.py", "tinydet/layers.py", "tinydet/optim.py")
+FILES = ("tinydet/ops/*.py", "tinydet/layers.py", "tinydet/optim.py", "tinydet/simd.py", "tinydet/workspace.py")
 OPS = ("tests/test_{stem}.py", "tests/test_every_op.py", "tests/test_layers.py")        # in this order; missing ones are skipped
 MATCHING = {
     "tinydet/layers.py": ("tests/test_layers.py", "tests/test_composition.py", "tests/test_checkpoints.py", "tests/test_summary.py",
                            "tests/test_every_op.py"),
     "tinydet/optim.py": ("tests/test_optim.py",),
+    "tinydet/simd.py": ("tests/test_simd.py", "tests/test_conv_direct.py", "tests/test_conv_winograd.py"),
+    "tinydet/workspace.py": ("tests/test_workspace.py",),
 }
 PASS = 95                       # per cent killed
 LIMIT, TIMES = 60, 5            # a test file may take so many seconds, or so many times what it takes unmutated with a cold cache

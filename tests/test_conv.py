@@ -264,3 +264,29 @@ def test_exact_has_the_error_of_a_plain_sum_and_ends_with_its_block():
 def test_winograd_needs_windows_that_share_its_filters(size, Cout, rows, way):
     x, w, _ = random((1, size - 1 + 8, size - 1 + rows, 2), (size, size, 2, Cout), (3,))
     assert conv.method(x, w, 1, (0, 0, 0, 0), 1) == way
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("side, size, how", [(3, 3, (3, 1, 1)), (3, 3, (2, (1, 0, 1, 0), 1)), (3, 3, (1, 1, 2)), (3, 3, (1, 0, 1)), (3, 3, (2, 0, 1)),
+                                             (1, 1, (2, 0, 1)), (2, 1, (2, 0, 1)), (5, 3, (1, 0, 2)), (4, 3, (1, 0, 1)), (4, 4, (3, (0, 1, 2, 1), 1))])
+def test_few_windows(backend, side, size, how):
+    """Where one product of the unrolled image serves: also of windows that are the whole image, with and without padding."""
+    x, w, b = random((2, side, side, 2), (size, size, 2, 20), (20,))
+    assert conv.method(x, w, how[0], how[1] if isinstance(how[1], tuple) else (how[1],) * 4, how[2]) == "blas"
+    with use(backend) as put:
+        y, cache = conv.forward(put(x), put(w), put(b), *how)
+        dy = random(y.shape, seed=1)[0]
+        found = [to_numpy(a) for a in (y, *conv.backward(put(dy), cache))]
+    with use("numpy"):
+        y, cache = conv.forward(x, w, b, *how)
+    assert_allclose(y, by_definition(x, w, b, *how), atol=1e-12)
+    for a, e in zip(found, (y, *conv._backward_numpy(dy, *cache, True, True), dy.sum((0, 1, 2)))):
+        assert_allclose(a, e, rtol=1e-12, atol=1e-12)
+
+
+def test_no_image_is_unrolled_beyond_the_limit(monkeypatch):
+    x, w, _ = random((2, 8, 8, 3), (6, 6, 3, 20), (20,))                # 18 windows of 108 numbers
+    monkeypatch.setattr(conv, "UNROLLED", 18 * 108)
+    assert conv.method(x, w, 1, (0, 0, 0, 0), 1) == "blas"
+    monkeypatch.setattr(conv, "UNROLLED", 18 * 108 - 1)
+    assert conv.method(x, w, 1, (0, 0, 0, 0), 1) == "direct"

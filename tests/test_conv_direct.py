@@ -93,3 +93,11 @@ def test_a_view_is_written_and_nothing_around_it():
     with use("numpy"):
         assert_allclose(whole[:, 1::2, ::2], conv.forward(x, w, b)[0], rtol=1e-12, atol=1e-12)
     assert (whole[:, ::2] == 7).all() and (whole[:, :, 1::2] == 7).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_nothing_is_read_or_written_out_of_range(shape, dtype, guarded):
+    x, w, b, dy, how, expected = case(shape, dtype)
+    for a, e in zip(results(guarded(x), guarded(w), guarded(b), guarded(dy), how), expected):
+        assert np.abs(a - e).max(initial=0) <= 1e-5 * np.abs(e).max(initial=1)

@@ -143,3 +143,13 @@ def test_panels_fit_the_blocks_of_the_machine():
         for C in range(1, 200):
             P = simd.panel(C, dtype)
             assert P // simd.lanes(dtype) in simd.ROWS and -(-C // P) * P < C + simd.lanes(dtype)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 9, 9, 16, 16, 3, (1, 1, 1, 1)), (2, 9, 9, 32, 16, 5, (2, 2, 2, 2))], ids=str)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_nothing_is_read_or_written_out_of_range(shape, dtype, guarded):
+    """The emitted code checks nothing. Rows of a block that go beyond a panel read its PAD, and what they give is dropped."""
+    x, w, b = arrays(shape, dtype)
+    dy, expected = reference(x, w, b, shape[-1])
+    for a, e in zip(results(guarded(x), guarded(w), guarded(b), shape[-1], guarded(dy)), expected):
+        assert np.abs(a - e).max() <= 1e-4 * np.abs(e).max()

@@ -52,3 +52,10 @@ def test_errors():
         relu.forward(np.arange(3))
     with pytest.raises(ValueError, match=r"^relu\.backward: dy must have shape \(2,\), got \(1,\)"):
         relu.backward(np.ones(1), relu.forward(np.ones(2))[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_infinite_gradient_stops_at_the_kink(backend):
+    with use(backend) as put:
+        _, cache = relu.forward(put(np.array([-1.0, 0, 2, np.nan])))
+        assert_array_equal(to_numpy(relu.backward(put(np.array([np.inf, -np.inf, np.inf, np.nan])), cache)), [0, 0, np.inf, 0])

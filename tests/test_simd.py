@@ -1,12 +1,14 @@
 """The emitted functions beside NumPy: odd sizes, strides, borders, and nothing written that should not be."""
+import importlib.util
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
-from numba import njit
+from numba import config, njit
 from numpy.testing import assert_allclose, assert_array_equal
 
 from tinydet import simd
@@ -96,6 +98,25 @@ def test_each_kind_has_its_matrix_and_an_unknown_kind_does_nothing():
     gather(8, image.reshape(-1), 0, 2 * lanes, lanes, 0, 2, 0, 2, lanes, panels, 0, lanes)
     assert_allclose(panels[:4 * lanes].reshape(2, 2, lanes), np.einsum("su,uvk,tv->stk", MATRIX[:2, :2], image, MATRIX[:2, :2]), atol=1e-12)
     assert not panels[4 * lanes:].any()
+
+
+def test_code_on_disk_of_another_simd_is_not_taken(tmp_path, monkeypatch):
+    (tmp_path / "user.py").write_text("from tinydet import simd\n\n\n@simd.jit\ndef f(x):\n    return x + 1\n")
+    monkeypatch.setattr(config, "CACHE_DIR", "")
+
+    def hits():
+        spec = importlib.util.spec_from_file_location("user", tmp_path / "user.py")
+        module = importlib.util.module_from_spec(spec)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                             # nothing in it is parallel
+            spec.loader.exec_module(module)
+            assert module.f(1) == 2
+        return sum(module.f.stats.cache_hits.values())
+
+    assert (hits(), hits()) == (0, 1)
+    (tmp_path / "simd.py").write_text("another text")
+    monkeypatch.setattr(simd, "__file__", str(tmp_path / "simd.py"))
+    assert (hits(), hits()) == (0, 1)
 
 
 @pytest.mark.slow

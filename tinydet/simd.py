@@ -9,15 +9,19 @@ their ranges, and tests compare odd sizes with the NumPy reference. One vector i
 shaped to their number: AVX-512 64 bytes and 32 registers, AVX2 32 bytes and 16, anything else 16 bytes, which LLVM turns into what the
 machine has. NUMBA_CPU_FEATURES, where set, decides, as it does for Numba.
 
-Numba's disk cache does not see this file: after a change here delete the *.nbi files beside the modules that use it.
+Numba's disk cache knows the text of a compiled function's own file only: `jit` makes it notice a change of this file, too.
 """
+import hashlib
+from pathlib import Path
+
 import numpy as np
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import config, njit, types
 from numba.core import cgutils
+from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
-FEATURES = config.CPU_FEATURES if config.CPU_FEATURES is not None else binding.get_host_cpu_features().flatten()
+FEATURES = config.CPU_FEATURES if config.CPU_FEATURES is not None else get_host_cpu_features()
 BYTES = 64 if "+avx512f" in FEATURES else 32 if "+avx2" in FEATURES else 16             # of a vector
 ROWS = {4: 6, 3: 8, 2: 12, 1: 24} if BYTES == 64 else {2: 6, 1: 12}                     # rows of a block, by its width in vectors
 SHORT = {4: 2, 3: 4, 2: 4, 1: 12} if BYTES == 64 else {2: 2, 1: 4}                      # the same where few rows are left
@@ -33,6 +37,14 @@ def panel(C, dtype):
     """Width of the panels that C channels are cut into: the largest block width that divides C, rounded up to whole vectors."""
     vectors = -(-C // lanes(dtype))
     return lanes(dtype) * max(v for v in ROWS if vectors % v == 0)
+
+
+def jit(function):
+    """njit(cache=True, parallel=True) whose code on disk is taken only if this file is still the one it was compiled with."""
+    compiled = njit(cache=True, parallel=True)(function)
+    index = compiled._cache._cache_file                                 # Numba's own; a test notices if it moves
+    index._source_stamp = index._source_stamp, hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    return compiled
 
 
 def whole(b, P):
@@ -190,7 +202,8 @@ def _product(vectors, rows):
 R1, R2, R3, R4 = (ROWS.get(v, 1) for v in (1, 2, 3, 4))
 S1, S2, S3, S4 = (SHORT.get(v, 1) for v in (1, 2, 3, 4))
 product1, product2, short1, short2 = _product(1, R1), _product(2, R2), _product(1, S1), _product(2, S2)
-product3, product4, short3, short4 = (_product(3, R3), _product(4, R4), _product(3, S3), _product(4, S4)) if 4 in ROWS else [short1] * 4
+product3, product4, short3, short4 = (                                                  # never called where blocks are narrower
+    (_product(3, R3), _product(4, R4), _product(3, S3), _product(4, S4)) if 4 in ROWS else [short1] * 4)
 
 
 @njit

@@ -107,7 +107,7 @@ def _scale_numpy(x, mean, scale, beta, relu):
 
 def _passed_numpy(dy, x, mean, scale, beta, relu):
     """What of dy passes the ReLU, if there is one."""
-    return dy * (_scale_numpy(x, mean, scale, beta, False) > 0) if relu else dy
+    return array_module(x).where(_scale_numpy(x, mean, scale, beta, False) > 0, dy, x.dtype.type(0)) if relu else dy
 
 
 def _sums_numpy(dy, x, mean, scale, beta, relu, inverse):

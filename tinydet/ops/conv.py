@@ -10,6 +10,7 @@ from tinydet.backend import pick
 from tinydet.ops import conv_direct, conv_winograd
 
 ROWS = 512              # of dy that are added up at a time for db
+UNROLLED = 1 << 25      # numbers in an unrolled image, at most (128 MB of float32)
 
 
 def forward(x, w, b, stride=1, pad=0, dilation=1):
@@ -113,7 +114,7 @@ def method(x, w, stride, pad, dilation):
     enough = windows >= (64 if kh == 3 else max(64, w.shape[3]))
     if kh == kw and kh in conv_winograd.TILES and stride == dilation == 1 and enough and not _exact:
         return "winograd"
-    return "blas" if windows < w.shape[3] else "direct"
+    return "blas" if windows < w.shape[3] and windows * w[..., 0].size <= UNROLLED else "direct"
 
 
 _exact = False
@@ -165,8 +166,8 @@ def _windows(x, w, stride, pad, dilation):
 
 def _fold(dwindows, x, w, stride, pad, dilation):
     """The adjoint of _windows."""
-    if dwindows.shape[1:3] == (1, 1) and dwindows.shape[3:] == x.shape[1:] or w.shape[0] == w.shape[1] == stride == 1 and not any(pad):
-        return dwindows.reshape(x.shape)                                # the windows do not overlap: they are the image
+    if dwindows.size == x.size and not any(pad) and (w.shape[:2] == (1, 1) or dwindows.shape[1:3] == (1, 1)):
+        return dwindows.reshape(x.shape)                                # every pixel is seen once: the windows are the image
     (top, bottom, left, right), (N, H, W, C) = pad, x.shape
     dpadded = np.zeros((N, H + top + bottom, W + left + right, C), x.dtype)
     for u, v, at in _taps(x, w, stride, pad, dilation):

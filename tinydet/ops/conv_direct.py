@@ -144,7 +144,7 @@ def _place(y, base):
     return (y.__array_interface__["data"][0] - base.__array_interface__["data"][0]) // y.itemsize
 
 
-@njit(cache=True, parallel=True)
+@simd.jit
 def _pack(w, packed):
     """Weights in panels of output channels, 0 beyond the last."""
     panels, kh, kw, C, P = packed.shape
@@ -176,7 +176,7 @@ def _strip(x, n, row, col, strip, deep, wide):
             line[:] = zero
 
 
-@njit(cache=True, parallel=True)
+@simd.jit
 def _correlate(x, packed, b, y, maps, strides, Cout, local, oh, rows, deep, wide, stride, top, left, dilation, P, lanes):
     N, H, W, C = x.shape
     strips, panels = -(-oh // rows), -(-Cout // P)
@@ -235,7 +235,7 @@ def _pieces(kh, kw, C, P, dilation, most):
     return [(u, v, k, 1, min(some, run - k)) for u in range(kh) for v in range(1 if dilation == 1 else kw) for k in range(0, run, some)]
 
 
-@njit(cache=True, parallel=True)
+@simd.jit
 def _depth_to_space(deep, dx, top, left, lanes):
     """dx[n, y, x] = deep[n, (y + top) // stride, (x + left) // stride, (y + top) % stride, (x + left) % stride]."""
     N, H, W, C = dx.shape
@@ -251,7 +251,7 @@ def _depth_to_space(deep, dx, top, left, lanes):
                 _copy(1, source, at + j * stride * side + k, 0, target, task * W * C + begin + k, 0, 0, 0, 1, 0, 1, high - k)
 
 
-@njit(cache=True, parallel=True)
+@simd.jit
 def _weight_gradient(x, dy, sums, local, rows, deep, wide, kw, stride, top, left, dilation, run, lanes):
     parts, panels, kh, taps, rounded, P = sums.shape
     (N, oh, ow, Cout), C = dy.shape, x.shape[3]

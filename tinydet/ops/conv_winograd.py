@@ -206,7 +206,7 @@ def _where(g, tile):
     return n, k // g.across * g.m, k % g.across * g.m
 
 
-@njit(cache=True, parallel=True)
+@simd.jit
 def _cut(image, panels, g, gradient, H, W, C, top, left, P, count, lanes):
     """V from x, or (gradient) dM from dy: transform every tile into its row of the panels; rows without a tile are 0."""
     step = g.rows * P + PAD
@@ -251,7 +251,7 @@ def _panel_filters(w, g, p, q, gradient, U, turned, lanes):
         _filters(turned, 0, g.Pi, g.Po * g.Pi, outputs, g.Po, inputs, g.Pi, g.r, U, lanes)
 
 
-@njit(cache=True, parallel=True)
+@simd.jit
 def _all_filters(w, g, gradient, U, local, lanes):
     """Every U, [p][q], where several blocks use each."""
     size = g.points * (g.Pi * g.Po + PAD)
@@ -260,7 +260,7 @@ def _all_filters(w, g, gradient, U, local, lanes):
         _panel_filters(w, g, p, q, gradient, U[task * size:(task + 1) * size], local[get_thread_id()], lanes)
 
 
-@njit(cache=True, parallel=True)
+@simd.jit
 def _outputs(V, w, stored, b, y, local, g, lanes):
     """y from V: for each block and panel of outputs, U panel by panel, M = V U, y = A^T M A."""
     x_step, step, size = g.rows * g.Pi + PAD, g.rows * g.Po + PAD, g.points * (g.Pi * g.Po + PAD)
@@ -290,7 +290,7 @@ def _outputs(V, w, stored, b, y, local, g, lanes):
                 _y(g.r, M, t * g.Po + lane, step, y, target, row, g.Cout, 0, g.oh - i, 0, g.ow - j, g.Cout - o)
 
 
-@njit(cache=True, parallel=True)
+@simd.jit
 def _input_gradients(dM, w, stored, dx, local, g, lanes):
     """dx from dM: for each group of images and panel of inputs, dV = dM U^T and dx += B dV B^T, block after block."""
     step, y_step, size = g.rows * g.Pi + PAD, g.rows * g.Po + PAD, g.points * (g.Pi * g.Po + PAD)
@@ -321,7 +321,7 @@ def _input_gradients(dM, w, stored, dx, local, g, lanes):
                     _dx(g.r, dV, t * g.Pi + lane, step, dx, target, row, g.Cin, r0, r1, c0, c1, g.Cin - c)
 
 
-@njit(cache=True, parallel=True)
+@simd.jit
 def _filter_gradients(V, dM, sums, local, g, lanes):
     """dw from V and dM, in parts: for each pair of panels dU = V^T dM over the blocks of the part, then dw = G^T dU G."""
     x_step, y_step = g.rows * g.Pi + PAD, g.rows * g.Po + PAD

@@ -24,7 +24,7 @@ def backward(dy, cache):
 
 
 def _backward_numpy(dy, y):
-    return dy * (y > 0)
+    return array_module(y).where(y > 0, dy, y.dtype.type(0))            # no product: infinity times 0 is NaN
 
 
 def _backward_numba(dy, y):
