@@ -98,11 +98,13 @@ def _column_sums_numpy(dy):
 def method(x, w, stride, pad, dilation):
     """Which of three ways the Numba backend goes: "blas", "winograd" or "direct". Figures: examples/bench_cpu.py
 
-    kernel                  stride, dilation    way         y and dx computed as                           float32 error / largest value
-    1x1, no padding         1, 1                blas        one matrix product                             1e-6
-    3x3, 4x4, 5x5, 7x7      1, 1                winograd    conv_winograd.py: 1/3 to 1/6 of the products   2e-5 (dw: 3e-5)
-    fewer windows than output channels          blas        one matrix product, of the unrolled image      1e-6
-    all others                                  direct      conv_direct.py                                 2e-6
+    kernel                  stride, dilation    way         y and dx computed as                float32 error     time / that of direct
+                                                                                                / largest value   (--only ways)
+    1x1, no padding         1, 1                blas        one matrix product                  1e-6              1.0
+    3x3, 4x4, 5x5, 7x7      1, 1                winograd    conv_winograd.py: 1/3 to 1/6 of     2e-5, dw 3e-5     0.27 (5x5) to 0.80
+                                                            the products                                          (16 channels)
+    fewer windows than output channels          blas        one product, image unrolled         1e-6              0.26 to 0.50
+    all others                                  direct      conv_direct.py                      2e-6              1
 
     Winograd's filters cost more than they save where few windows share them: a 3x3 kernel needs 64, a larger one as many as it has
     outputs. Otherwise, and inside exact(), one of the two last rows serves.
@@ -122,7 +124,10 @@ _exact = False
 
 @contextlib.contextmanager
 def exact():
-    """Context manager: no Winograd inside; every product of the formula is made, with the rounding errors of a plain sum."""
+    """Context manager: no Winograd inside; every product of the formula is made, with the rounding errors of a plain sum.
+
+    For every thread of the process; backward chooses anew, so enclose it, too.
+    """
     global _exact
     before, _exact = _exact, True
     try:
