@@ -193,9 +193,7 @@ def _correlate(x, packed, b, y, maps, strides, Cout, local, oh, rows, deep, wide
                 for u, v, k, outer, inner in _pieces(kh, kw, C, P, dilation, FIRST // x.itemsize):
                     for i in range(min(rows, height - i0)):
                         above = (i0 + i) * stride - top + row           # the image's row under the kernel's first
-                        low, high = _inside(above, kh, H, dilation)
-                        if high == low:
-                            low = high = 0                              # none: the first piece writes b
+                        low, high = _inside(above, kh, H, dilation)     # where none does, the first piece writes b
                         first, count = max(u, low), min(u + outer, high) - max(u, low)
                         begins = u + v + k == 0 if low == 0 else first == low and v + k == 0
                         if count <= 0 and not (high == 0 and begins):
@@ -219,9 +217,10 @@ def _correlate(x, packed, b, y, maps, strides, Cout, local, oh, rows, deep, wide
 
 @njit
 def _inside(above, kh, H, dilation):
-    """First and end of the kernel rows that lie in the image, where row 0 lies at `above`."""
+    """First and end of the kernel rows that lie in the image, where row 0 lies at `above`; 0, 0 where none does."""
     low = -(above // dilation) if above < 0 else 0                      # the smallest u with above + u * dilation >= 0
-    return min(low, kh), max(min(low, kh), min(kh, (H - above + dilation - 1) // dilation))
+    high = min(kh, (H - above + dilation - 1) // dilation)
+    return (low, high) if low < high else (0, 0)
 
 
 @njit
