@@ -2,6 +2,7 @@
 import contextlib
 import ctypes
 import mmap
+import os
 import sys
 
 import tinydet  # noqa: F401  first: it sets how waiting threads behave, which numpy and numba read once
@@ -12,9 +13,16 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from tinydet import workspace
+from tinydet import backend, workspace
 
-BACKENDS = ("numpy", "numba")           # every name that tinydet.use takes and this machine can run
+if os.environ.get("TINYDET_FAKE_GPU") == "1":       # pytest -m gpu runs without one, on the stand-in of fake_cupy.py
+    import fake_cupy
+    stand_in = fake_cupy.installed()                # kept, or it would end at once
+    stand_in.__enter__()
+
+BACKENDS = [pytest.param(name, marks=[pytest.mark.gpu] * (name == "cuda") + [pytest.mark.skipif(lacks is not None, reason=str(lacks))])
+            for name in backend.BACKENDS for lacks in [backend.missing(name)]]      # every name that tinydet.use takes
+RUNNING = tuple(name for name in backend.available() if name != "cuda")            # what runs here without a GPU
 
 settings.register_profile("tinydet", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("tinydet")
@@ -92,3 +100,17 @@ def random_boxes(draw, max_R=12, extent=12):
     R, rng = draw(st.integers(0, max_R)), np.random.default_rng(draw(seeds))
     corner = rng.integers(-extent, extent, (R, 2))
     return np.concatenate([corner, corner + rng.integers(0, extent, (R, 2))], 1) / 2
+
+
+@pytest.fixture(autouse=True)
+def gpu_errors_show_where_they_happen(request):
+    """A GPU reports an error at some later call: wait for it at the end of each test that used it."""
+    yield
+    if request.node.get_closest_marker("gpu") and backend.missing("cuda") is None:
+        import cupy
+        cupy.cuda.runtime.deviceSynchronize()
+
+
+if os.environ.get("TINYDET_GPU_POOL") == "0" and backend.missing("cuda") is None:     # compute-sanitizer must see each array's end
+    import cupy
+    cupy.cuda.set_allocator(None)

@@ -1,138 +1,38 @@
-"""The kernels' text runs on the CPU: g++ compiles it behind a few lines that stand for CUDA, and a loop runs every thread."""
-import ctypes
-import functools
+"""Finding kernels, and what launch() refuses before any kernel runs. What kernels compute is tested with their ops."""
 import re
 import shutil
-import subprocess
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
-from conftest import seeds
-from tinydet import cuda
+import fake_cupy
+from tinydet import cuda, emulate
 
-SHIM = """
-#include <algorithm>
-#define __global__
-using std::min; using std::max;
-struct Index { unsigned x = 0, y = 0, z = 0; };
-static thread_local Index threadIdx, blockIdx, blockDim, gridDim;
-"""
-RUN = """
-extern "C" void run_%(name)s(unsigned grid, unsigned block, %(parameters)s) {
-    gridDim.x = grid, blockDim.x = block;
-    for (blockIdx.x = 0; blockIdx.x < grid; blockIdx.x++)
-        for (threadIdx.x = 0; threadIdx.x < block; threadIdx.x++)
-            %(name)s(%(arguments)s);
+needs_emulator = pytest.mark.skipif(emulate.missing() is not None, reason=str(emulate.missing()))
+
+SAXPY = """// y += a * x.
+// variants: real=float; real=double
+extern "C" __global__
+void saxpy(const real* x, real* y, real a, int n)
+{
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) y[i] += a * x[i];
 }
+
+extern "C" __global__ void __launch_bounds__(256, 2)
+saxpy_other(const float4* v, const unsigned char* u, long long* sums, size_t n) { }
 """
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
-    """Function: the kernels of a file, compiled with these macros, as a ctypes library that has run_<kernel>(grid, block, ...)."""
-    folder = tmp_path_factory.mktemp("kernels")
-
-    @functools.cache
-    def build(file, **macros):
-        text, out = cuda.source(file), folder / f"{file}{len(list(folder.iterdir()))}.so"
-        for name, parameters in re.findall(r"__global__\s+void (\w+)\(([^)]*)\)", text):
-            arguments = ", ".join(p.split()[-1] for p in parameters.split(","))
-            text += RUN % {"name": name, "parameters": parameters, "arguments": arguments}
-        options = ["-std=c++17", "-O1", "-Wall", "-Werror", "-ffp-contract=off", "-shared", "-fPIC"]
-        options += [f"-D{k}={v}" for k, v in macros.items()]
-        done = subprocess.run(["g++", *options, "-x", "c++", "-", "-o", out], input=SHIM + text, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return ctypes.CDLL(str(out))
-    return build
-
-
-def launch(kernel, args, threads, block=256):
-    """Run a kernel on arrays, then integers, with ceil(threads / block) blocks. The arrays lie between guards while it runs."""
-    arrays = [a for a in args if isinstance(a, np.ndarray)]
-    guarded = [np.concatenate([guard := np.full(64, 77, a.dtype), a.ravel(), guard]) for a in arrays]
-    pointers = (g[64:].ctypes.data_as(ctypes.c_void_p) for g in guarded)
-    kernel(-(-threads // block), block, *pointers, *map(ctypes.c_int, args[len(arrays):]))
-    for a, g in zip(arrays, guarded):
-        assert (g[:64] == 77).all() and (g[64 + a.size:] == 77).all(), "written outside the array"
-        a[...] = g[64:64 + a.size].reshape(a.shape)
-
-
-# max_pool.cu
-
-def by_definition(x, dy, size, stride, top, left):
-    """Output, argmax and dx of max pooling in nested loops; dy (N, oh, ow, C) says how many windows there are."""
-    y, argmax, dx = np.empty_like(dy), np.empty(dy.shape, int), np.zeros_like(x)
-    for n, i, j, c in np.ndindex(dy.shape):
-        inside = [(u, v) for u in range(size) for v in range(size)
-                  if 0 <= i * stride + u - top < x.shape[1] and 0 <= j * stride + v - left < x.shape[2]]
-        values = np.array([x[n, i * stride + u - top, j * stride + v - left, c] for u, v in inside])
-        u, v = inside[values.argmax()]                              # the first of the largest; the first NaN if there is one
-        y[n, i, j, c], argmax[n, i, j, c] = values.max(), u * size + v
-        dx[n, i * stride + u - top, j * stride + v - left, c] += dy[n, i, j, c]
-    return y, argmax, dx
-
-
-def check_max_pool(kernels, x, size, stride, top=0, left=0, oh=None, ow=None):
-    N, H, W, C = x.shape
-    oh, ow = oh or (H + top - size) // stride + 1, ow or (W + left - size) // stride + 1
-    dtype = np.min_scalar_type(size * size - 1)
-    run = kernels("max_pool.cu", real={"float32": "float", "float64": "double"}[x.dtype.name],
-                  index_t={"uint8": "unsigned char", "uint16": "unsigned short"}[dtype.name])
-    dy = np.random.default_rng(0).integers(-8, 9, (N, oh, ow, C)).astype(x.dtype)                  # sums of integers are exact
-    y, argmax, dx = np.full_like(dy, 55), np.full(dy.shape, 201, dtype), np.full_like(x, 55)
-    sizes = (N, H, W, C, oh, ow, size, stride, top, left)
-    launch(run.run_max_pool_forward, (x, y, argmax, *sizes), threads=y.size)
-    launch(run.run_max_pool_backward, (dy, argmax, dx, *sizes), threads=x.size)
-    expected = by_definition(x, dy, size, stride, top, left)
-    assert_array_equal(y, expected[0], strict=True)
-    assert_array_equal(argmax, expected[1])
-    assert_array_equal(dx, expected[2], strict=True)
-
-
-pairs = st.tuples(st.integers(0, 3), st.integers(0, 3))
-
-
-def ties_and_nans(rng, shape, dtype):
-    return rng.choice([-np.inf, -1, 0, 1, 2, np.inf, np.nan], shape, p=[0.2, 0.2, 0.15, 0.15, 0.1, 0.1, 0.1]).astype(dtype)
-
-
-@needs_compiler
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@given(seed=seeds, sides=st.tuples(st.integers(1, 7), st.integers(1, 7)), N=st.integers(1, 2), C=st.integers(1, 3),
-       size=st.integers(1, 4), stride=st.integers(1, 5), pads=pairs, more=pairs)
-def test_max_pool_is_the_definition(kernels, dtype, seed, sides, N, C, size, stride, pads, more):
-    """All sizes, strides and paddings (before and after) below the window's size, over ties, infinities and NaN."""
-    rng = np.random.default_rng(seed)
-    top, left = (min(p, size - 1) for p in pads)
-    oh, ow = ((side + p + min(m, size - 1) - size) // stride + 1 for side, p, m in zip(sides, (top, left), more))
-    if min(oh, ow) < 1:
-        return
-    check_max_pool(kernels, ties_and_nans(rng, (N, *sides, C), dtype), size, stride, top, left, oh, ow)
-    check_max_pool(kernels, rng.standard_normal((N, *sides, C)).astype(dtype), size, stride, top, left, oh, ow)
-
-
-@needs_compiler
-@pytest.mark.parametrize("shape, size, stride", [
-    ((1, 1, 1, 1), 1, 1), ((1, 3, 5, 17), 1, 1), ((1, 16, 16, 1), 1, 1), ((1, 1, 257, 1), 1, 1), ((1, 4, 258, 1), 4, 1),
-    ((3, 22, 14, 11), 3, 2), ((2, 40, 36, 1), 17, 3)])
-def test_max_pool_crosses_block_borders_and_needs_wide_indices(kernels, shape, size, stride):
-    """1, 255, 256, 257 threads and more; windows above 16 x 16 need two bytes an index."""
-    check_max_pool(kernels, np.random.default_rng(0).integers(0, 50, shape).astype(np.float32), size, stride)
-    x = np.indices(shape)[1:3].sum(0, dtype=float)                  # the last pixel of each window wins: argmax reaches its end
-    check_max_pool(kernels, x, size, stride, size // 2, size // 2)
-
-
-@needs_compiler
-def test_the_harness_sees_a_write_outside_an_array(kernels):
-    run = kernels("max_pool.cu", real="float", index_t="unsigned char")
-    x, y, argmax = np.ones((1, 4, 4, 1), np.float32), np.zeros((1, 4, 4, 1), np.float32), np.zeros((1, 4, 4, 1), np.uint8)
-    with pytest.raises(AssertionError, match="written outside the array"):
-        launch(run.run_max_pool_forward, (x, y[:, :3].copy(), argmax, 1, 4, 4, 1, 4, 4, 1, 1, 0, 0), threads=16)
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """KERNELS with a kernel file of its own."""
+    shutil.copy(cuda.KERNELS / "prelude.h", tmp_path)
+    shutil.copy(cuda.KERNELS / "cuda_on_cpu.h", tmp_path)
+    (tmp_path / "saxpy.cu").write_text(SAXPY.replace("unsigned char", "u8"))
+    monkeypatch.setattr(cuda, "KERNELS", tmp_path)
+    return tmp_path
 
 
 # Finding a kernel
@@ -155,10 +55,108 @@ def test_source_of_an_installation_without_kernels(monkeypatch, tmp_path):
         cuda.source("max_pool.cu")
 
 
-def test_kernels_keep_to_what_every_compiler_takes():
-    """No includes, no early macros: one text for CuPy, for a bare NVRTC and for g++."""
-    for path in cuda.KERNELS.glob("*.cu"):
-        text = path.read_text(encoding="utf-8")
-        assert "#include" not in text and "std::" not in text and f"tinydet/ops/{path.stem}.py" in text
-        names = re.findall(r'extern "C" __global__\s+void (\w+)\(', text)
-        assert names and all(name.startswith(path.stem) for name in names) and len(names) == text.count("__global__")
+@pytest.mark.parametrize("file", cuda.files())
+def test_kernels_keep_to_the_dialect(file):
+    """No includes, no std::, one op's stem, and a signature and variants that cuda.py can read: one text for CuPy, NVRTC and g++."""
+    text, stem = cuda.source(file), file.removesuffix(".cu")
+    assert "#include" not in text and "std::" not in text and "__activemask" not in text
+    assert re.search(rf"tinydet/(ops/{stem}|optim)\.py", text)
+    kernels = cuda.signatures(text)
+    assert kernels and len(kernels) == text.count("__global__") and all(name.startswith(stem) for name in kernels)
+    macros = {name for v in cuda.variants(text) for name in v}
+    types = {p[0] for parameters in kernels.values() for p in parameters}
+    assert types <= cuda.DTYPES.keys() | cuda.VECTORS.keys() | macros
+    assert all(v.keys() == macros for v in cuda.variants(text))
+    assert not re.search(r"atomicAdd\(\s*&?\(?(float|double|real)", text)
+
+
+def test_signatures_variants_and_flags():
+    assert cuda.signatures(SAXPY) == {
+        "saxpy": (("real", True, True, "x"), ("real", True, False, "y"), ("real", False, False, "a"), ("int", False, False, "n")),
+        "saxpy_other": (("float4", True, True, "v"), ("unsigned char", True, True, "u"), ("long long", True, False, "sums"),
+                        ("size_t", False, False, "n"))}
+    assert cuda.variants(SAXPY) == [{"real": "float"}, {"real": "double"}] and cuda.flags(SAXPY) == ()
+    text = "// variants: real=float, T=8; real=double, T=16\n// flags: --fmad=false -G\n"
+    assert cuda.variants(text) == [{"real": "float", "T": "8"}, {"real": "double", "T": "16"}]
+    assert cuda.flags(text) == ("--fmad=false", "-G")
+    assert cuda.options(text, [("real", "float")]) == ("-Dreal=float", "--fmad=false", "-G")
+    assert cuda.variants("no line") == [{}] and cuda.signatures("void f(int x)") == {}
+
+
+# What launch() does and refuses
+
+@needs_emulator
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("n", [0, 1, 255, 256, 257, 1000])
+def test_a_launch(folder, dtype, n):
+    x, y = np.arange(n, dtype=dtype), np.ones(n, dtype)
+    cuda.launch("saxpy.cu", "saxpy", (x, y, 2, n), threads=n)
+    assert_array_equal(y, 2 * np.arange(n, dtype=dtype) + 1, strict=True)
+    cuda.launch("saxpy.cu", "saxpy", (x, y, 1.5, n), grid=(-(-n // 64), 1, 1), block=64)
+    assert_array_equal(y, np.arange(n, dtype=dtype) * dtype(3.5) + 1, strict=True)
+
+
+F, D = np.ones(8, np.float32), np.ones(8)
+
+
+@pytest.mark.parametrize("args, error, message", [
+    ((F, F, 1), TypeError, r"takes 4 arguments \(x, y, a, n\), got 3"),
+    ((F, D, 1, 8), TypeError, r"y must be float32, as real is elsewhere, got float64"),
+    ((F, [1.0], 1, 8), TypeError, r"y must be float32, as real is elsewhere, got list"),
+    ((F.astype(np.float16), F.astype(np.float16), 1, 8), TypeError, r"variants \(real=float; real=double\), got \{'real': 'None'\}|got \{'real': None\}"),
+    ((F.astype(int), F.astype(int), 1, 8), TypeError, r"variants .*'long long'"),
+    ((F[::2], F, 1, 4), ValueError, r"x must be C-contiguous, got strides \(8,\) for shape \(4,\)"),
+    ((np.ones((3, 2), np.float32).T, F, 1, 4), ValueError, r"x must be C-contiguous"),
+    ((F, np.broadcast_to(np.float32(1), 1), 1, 1), ValueError, r"y is written and must be writable"),
+    ((F, F, "1", 8), TypeError, r"a must be a number, got str"),
+    ((F, F, F, 8), TypeError, r"a must be a number, got ndarray"),
+    ((F, F, 1, 8.5), ValueError, r"n must be an integer that int32 holds, got 8\.5"),
+    ((F, F, 1, 2**31), ValueError, r"n must be an integer that int32 holds, got 2147483648"),
+    ((F, F, 1, -2**31 - 1), ValueError, r"n must be an integer that int32 holds"),
+    ((F, F, 1, float("nan")), ValueError, r"n must be an integer that int32 holds, got nan"),
+    ((np.lib.stride_tricks.as_strided(F, (2**31,), (0,)), F, 1, 8), ValueError, r"x must (have fewer than 2\^31 elements|be C-contiguous)"),
+])
+def test_bad_arguments_are_named(folder, args, error, message):
+    with pytest.raises(error, match=rf"^cuda\.launch: saxpy\.cu: saxpy.*{message}"):
+        cuda.launch("saxpy.cu", "saxpy", args, threads=8)
+
+
+def test_other_kernels_files_and_macros_are_named(folder):
+    with pytest.raises(ValueError, match=r"^cuda\.launch: kernel must be one of saxpy, saxpy_other in saxpy\.cu, got 'sax'"):
+        cuda.launch("saxpy.cu", "sax", (F,), threads=1)
+    with pytest.raises(ValueError, match=r"^cuda\.source: name must be one of .*saxpy\.cu.* got 'none\.cu'"):
+        cuda.launch("none.cu", "sax", (F,), threads=1)
+    with pytest.raises(TypeError, match=r"variants \(real=float; real=double\), got \{'T': '8', 'real': 'float'\}"):
+        cuda.launch("saxpy.cu", "saxpy", (F, F, 1, 8), threads=8, T=8)
+
+
+@pytest.mark.parametrize("v, message", [
+    (D, r"v must be float32, got float64"), (F[:6], r"v must hold whole float4 at an aligned address, got 6 elements"),
+    (np.frombuffer(bytearray(64), np.float32)[1:9], r"v must hold whole float4 at an aligned address, got 8 elements")])
+def test_vectors_must_be_whole_and_aligned(folder, v, message):
+    args = v, np.zeros(1, np.uint8), np.zeros(1, np.int64), 1
+    text = (folder / "saxpy.cu").read_text().replace("// variants: real=float; real=double\n", "")
+    (folder / "vectors.cu").write_text(text.replace("saxpy", "vectors"))
+    if v.ctypes.data % 16 == 0 and "aligned" in message and v.size == 8:
+        args = (np.frombuffer(bytearray(68), np.float32)[2:10], *args[1:])
+    with pytest.raises((TypeError, ValueError), match=rf"^cuda\.launch: vectors\.cu: vectors_other: {message}"):
+        cuda.launch("vectors.cu", "vectors_other", args, threads=1)
+
+
+@needs_emulator
+def test_cupy_arrays_go_to_cupys_executor_with_exact_types(folder):
+    """On the stand-in for CuPy, whose kernels take arrays and NumPy numbers alone."""
+    with fake_cupy.installed() as cupy:
+        x, y = cupy.asarray(np.arange(300.0)), cupy.asarray(np.ones(300))
+        with fake_cupy.no_copies():
+            cuda.launch("saxpy.cu", "saxpy", (x, y, 2, 300), threads=300)
+        assert_array_equal(y.get(), 2 * np.arange(300.0) + 1)
+        assert fake_cupy.launches == ["saxpy"]
+        with pytest.raises(TypeError, match=r"saxpy: y must be a cupy array, as the first array is, got ndarray"):
+            cuda.launch("saxpy.cu", "saxpy", (x, np.ones(300), 2, 300), threads=300)
+        assert cuda.empty(x, (2, 3), np.uint8).shape == (2, 3) and isinstance(cuda.empty(x, 3), cupy.ndarray)
+
+
+def test_empty_holds_what_nobody_writes():
+    assert np.isnan(cuda.empty(F, (2, 3))).all() and cuda.empty(F, (2, 3)).dtype == np.float32
+    assert (cuda.empty(F, 3, np.int64) == -1).all() and (cuda.empty(F, (0, 3), np.uint8) == 255).all()

@@ -4,8 +4,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
-from conftest import BACKENDS, distinct, distinct_NHWC
-from tinydet import to_numpy, use
+from conftest import BACKENDS, distinct, distinct_NHWC, seeds
+from tinydet import emulate, to_numpy, use
 from tinydet.gradcheck import check_grad
 from tinydet.ops import max_pool
 
@@ -58,6 +58,66 @@ def test_gradient(backend, x, how):
     assume(holds_a_window(x, *how))
     with use(backend) as put:
         check_grad(lambda x: max_pool.forward(x, *how), max_pool.backward, [x], put=put)
+
+
+def check_winners(backend, x, size, stride, pad=0, ceil=False):
+    """Value, place in the window and gradient equal the definition exactly: the first of the largest, or the first NaN."""
+    top, left = (pad[0], pad[2]) if isinstance(pad, tuple) else (pad, pad)
+    rng = np.random.default_rng(0)
+    with use(backend) as put:
+        y, cache = max_pool.forward(put(x), size, stride, pad, ceil)
+        dy = rng.integers(-8, 9, y.shape).astype(x.dtype)                   # sums of integers are exact
+        dx = max_pool.backward(put(dy), cache)
+    best, places, expected = np.empty_like(dy), np.empty(y.shape, int), np.zeros_like(x)
+    for n, i, j, c in np.ndindex(y.shape):
+        row, col = i * stride - top, j * stride - left
+        inside = [(u, v) for u in range(max(0, -row), min(size, x.shape[1] - row)) for v in range(max(0, -col), min(size, x.shape[2] - col))]
+        values = np.array([x[n, row + u, col + v, c] for u, v in inside])
+        u, v = inside[values.argmax()]
+        best[n, i, j, c], places[n, i, j, c] = values.max(), u * size + v
+        expected[n, row + u, col + v, c] += dy[n, i, j, c]
+    assert_array_equal(to_numpy(y), best, strict=True)
+    assert_array_equal(to_numpy(cache[3]), places)
+    assert_array_equal(to_numpy(dx), expected, strict=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@given(seed=seeds, sides=st.tuples(st.integers(1, 9), st.integers(1, 7)), N=st.integers(1, 2), C=st.integers(1, 3),
+       size=st.integers(1, 4), stride=st.integers(1, 5), pad=st.tuples(*[st.integers(0, 3)] * 4), ceil=st.booleans())
+def test_winners_over_ties_infinities_and_nan(backend, dtype, seed, sides, N, C, size, stride, pad, ceil):
+    pad = tuple(p % size for p in pad)
+    values = np.random.default_rng(seed).choice([-np.inf, -1, 0, 1, 2, np.inf, np.nan], (N, *sides, C), p=[0.2, 0.2, 0.15, 0.15, 0.1, 0.1, 0.1])
+    assume(holds_a_window(values, size, stride, pad, ceil))
+    check_winners(backend, values.astype(dtype), size, stride, pad, ceil)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape, size, stride", [
+    ((1, 1, 1, 1), 1, 1), ((1, 3, 5, 17), 1, 1), ((1, 16, 16, 1), 1, 1), ((1, 1, 257, 1), 1, 1), ((1, 4, 258, 1), 4, 1),
+    ((1, 5, 2, 128), 2, 2), ((1, 9, 3, 43), 3, 1), ((3, 11, 14, 11), 3, 2), ((2, 30, 36, 1), 17, 3)])
+def test_block_borders_and_wide_indices(backend, shape, size, stride):
+    """1, 255, 256, 257 threads along a row and more, heights about the 4 rows of a thread; places above 255."""
+    check_winners(backend, np.random.default_rng(0).integers(0, 50, shape).astype(np.float32 if size < 17 else float), size, stride)
+    x = np.indices(shape)[1:3].sum(0, dtype=float)                          # the last pixel of each window wins: places reach their end
+    check_winners(backend, x, size, stride, size // 2)
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b.values != ("numba",)])       # which would compile for seconds
+def test_places_above_65535(backend):
+    check_winners(backend, np.indices((1, 301, 2, 1))[1:3].sum(0, dtype=float), 300, 2, (0, 0, 0, 298))
+
+
+@pytest.mark.skipif(emulate.missing() is not None, reason=str(emulate.missing()))
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_order_of_threads_changes_no_bit(seed):
+    x, results = np.random.default_rng(0).standard_normal((2, 9, 7, 40)).astype(np.float32), []
+    for order in ("forward", "random"):
+        with use("emulated"), emulate.options(order=order, seed=seed):
+            y, cache = max_pool.forward(x, 3, 2, 1)
+            results.append((y, cache[3], max_pool.backward(y, cache)))
+    for a, b in zip(*results):
+        assert_array_equal(a, b, strict=True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -150,6 +210,11 @@ def test_map_sides_of_the_notes(side, sides):
 def test_floor_gives_the_score_map_of_the_notes_and_ceil_does_not():
     assert all(alexnet_sides(side, False)[-1] == (side - 224) // 32 + 1 for side in range(224, 2049))
     assert [alexnet_sides(side, True)[-1] for side in (250, 500)] == [2, 10]
+
+
+def test_kernels_refuse_windows_whose_places_leave_31_bits():
+    with pytest.raises(ValueError, match=r"^max_pool\.forward: size must be at most 46340 within the image, .* got 46341"):
+        max_pool._in_image(10**6, (1, 3, 46340, 1), 0, 1)
 
 
 @pytest.mark.parametrize("shape, size, stride, pad, ceil", [

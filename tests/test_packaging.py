@@ -177,7 +177,7 @@ def test_every_op_has_its_test_file():
 
 
 def test_every_kernel_belongs_to_an_op():
-    assert {p.stem for p in (ROOT / "kernels").glob("*.cu")} <= stems(tinydet.ops)
+    assert {p.stem for p in (ROOT / "kernels").glob("*.cu")} <= stems(tinydet.ops) | {"sgd"}      # of optim.py
 
 
 def test_every_package_is_listed():

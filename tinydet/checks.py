@@ -1,7 +1,16 @@
-"""The argument checks that the ops share. Each names the op, the argument, what must hold and what was given."""
+"""The argument checks that the ops share. Each names the op, the argument, what must hold and what was given.
+
+Checks of values (finite, areas, ternary, labels) read arrays on the host alone: on the GPU they would wait for it and copy. What an
+op makes of a value that is not allowed there, its docstring says.
+"""
 import numpy as np
 
 from tinydet.backend import array_module
+
+
+def on_host(x):
+    """Whether x is a NumPy array, whose values may be looked at without waiting for a GPU."""
+    return array_module(x) is np
 
 
 def array(op, name, x):
@@ -30,6 +39,8 @@ def same_dtype(op, **arrays):
     """Raise TypeError unless all arrays have one dtype: mixed ones would be promoted in silence, and slowly."""
     for name, a in arrays.items():
         array(op, name, a)
+    if len({array_module(a) for a in arrays.values()}) > 1:
+        raise TypeError(f"{op}: arrays must all be NumPy's or all CuPy's, got " + ", ".join(f"{k} {type(a).__module__}" for k, a in arrays.items()))
     if len({a.dtype for a in arrays.values()}) > 1:
         raise TypeError(f"{op}: dtypes must agree, got " + ", ".join(f"{k} {a.dtype}" for k, a in arrays.items()))
 
@@ -70,9 +81,11 @@ def gradient(op, shape, dtype, dy):
 def areas(op, **boxes):
     """Raise ValueError where the area of a box, four times over, leaves its dtype: overlaps could not be told."""
     for name, b in boxes.items():
+        if not on_host(b):
+            continue
         sides = abs(b[:, 2:] / 2 - b[:, :2] / 2)
-        most = array_module(b).finfo(b.dtype).max / 16
-        if bool((sides[:, 0] > most / array_module(b).maximum(sides[:, 1], 1)).any()):
+        most = np.finfo(b.dtype).max / 16
+        if bool((sides[:, 0] > most / np.maximum(sides[:, 1], 1)).any()):
             raise ValueError(f"{op}: {name} must have areas that {b.dtype} holds, got a box of {2 * float(sides.max()):g} pixels")
 
 
@@ -89,7 +102,7 @@ def padding(op, pad):
 def finite(op, **arrays):
     """Raise ValueError if an array holds NaN or infinity: a sort would hide it."""
     for name, a in arrays.items():
-        if not bool(array_module(a).isfinite(a).all()):
+        if on_host(a) and not bool(np.isfinite(a).all()):
             raise ValueError(f"{op}: {name} must be finite, got NaN or infinity")
 
 
@@ -104,12 +117,12 @@ def integers(op, name, x, shape):
 def ternary(op, y, shape):
     """Raise unless y is an integer array of that shape with values -1, 0 and 1 only."""
     integers(op, "labels", y, shape)
-    if y.size and (int(y.min()) < -1 or int(y.max()) > 1):
+    if on_host(y) and y.size and (int(y.min()) < -1 or int(y.max()) > 1):
         raise ValueError(f"{op}: labels must be -1, 0 or 1, got {int(y.min())}..{int(y.max())}")
 
 
 def labels(op, y, rows, K):
     """Raise unless y is an integer array (rows,) with values in -1..K-1; -1 stands for ignored."""
     integers(op, "labels", y, (rows,))
-    if y.size and (int(y.min()) < -1 or int(y.max()) >= K):
+    if on_host(y) and y.size and (int(y.min()) < -1 or int(y.max()) >= K):
         raise ValueError(f"{op}: labels must lie in -1..{K - 1}, got {int(y.min())}..{int(y.max())}")

@@ -2,8 +2,8 @@
 import numpy as np
 from numba import njit, prange
 
-from tinydet import checks
-from tinydet.backend import pick
+from tinydet import checks, cuda
+from tinydet.backend import array_module, pick
 
 
 def forward(x, size, stride=None, pad=0, ceil=False):
@@ -20,8 +20,8 @@ def forward(x, size, stride=None, pad=0, ceil=False):
     return pool("max_pool.forward", x, size, size if stride is None else stride, pad, ceil)
 
 
-def pool(op, x, size, stride, pad=0, ceil=False):
-    """forward under another op's name in its errors: offset pooling is max pooling of stride 1."""
+def pool(op, x, size, stride, pad=0, ceil=False, on_gpu=None):
+    """forward under another op's name in its errors, with another CUDA version: offset pooling is max pooling of stride 1."""
     checks.float_array(op, "x", x, "(N, H, W, C)")
     checks.small(op, 1, size=size, stride=stride)
     pad = checks.padding(op, pad)
@@ -30,7 +30,7 @@ def pool(op, x, size, stride, pad=0, ceil=False):
     oh, ow = (output_size(x.shape[d + 1], size, stride, *pad[2 * d:2 * d + 2], ceil) for d in (0, 1))
     if min(oh, ow, *x.shape[1:3]) < 1:
         raise ValueError(f"{op}: x {x.shape} holds no {size}x{size} window")
-    run = pick(x, numpy=_forward_numpy, numba=_forward_numba)
+    run = pick(x, numpy=_forward_numpy, numba=_forward_numba, cuda=on_gpu or _forward_cuda)
     y, argmax = run(x, (len(x), oh, ow, x.shape[3]), size, stride, pad[0], pad[2])      # argmax: u * size + v, uint8 up to size 16
     return y, (x.shape, size, stride, argmax, pad[0], pad[2], x.dtype)
 
@@ -44,11 +44,11 @@ def output_size(side, size, stride, before, after, ceil):
     return windows - ((windows - 1) * stride >= side + before)
 
 
-def backward(dy, cache):
+def backward(dy, cache, on_gpu=None):
     """dx: each dy[n,i,j,c] goes to the pixel that won its window; a pixel adds up all the windows that it won."""
     *cache, dtype = cache
     checks.gradient("max_pool.backward", cache[3].shape, dtype, dy)
-    run = pick(dy, numpy=_backward_numpy, numba=_backward_numba)
+    run = pick(dy, numpy=_backward_numpy, numba=_backward_numba, cuda=on_gpu or _backward_cuda)
     return run(dy, *cache)
 
 
@@ -160,3 +160,35 @@ def _give(dy, place, dx, here):
     zero = dy.dtype.type(0)
     for k in range(len(dy)):
         dx[k] += dy[k] if place[k] == here else zero
+
+
+# CUDA: kernels/max_pool.cu
+
+def _forward_cuda(x, shape, size, stride, top, left):
+    x, y, size = array_module(x).ascontiguousarray(x), cuda.empty(x, shape), _in_image(size, x.shape, top, left)
+    argmax = cuda.empty(x, shape, np.min_scalar_type(size * size - 1))
+    sizes = (*x.shape, *shape[1:3], size, stride, top, left)
+    cuda.launch("max_pool.cu", "max_pool_forward", (x, y, argmax, *sizes), threads=y.size)
+    return y, argmax
+
+
+def _backward_cuda(dy, shape, size, stride, argmax, top, left):
+    dy, dx = array_module(dy).ascontiguousarray(dy), cuda.empty(dy, shape)
+    sizes = (*shape[1:], *dy.shape[1:3], _in_image(size, shape, top, left), stride, top, left)
+    cuda.launch("max_pool.cu", "max_pool_backward", (dy, argmax, dx, *sizes), **strips(shape, 4))
+    return dx
+
+
+def _in_image(size, shape, top, left):
+    """The side of a window without what lies outside the image wherever it begins, so that its places are few."""
+    size = min(size, max(shape[1] + top, shape[2] + left))
+    if size > 46340:
+        raise ValueError(f"max_pool.forward: size must be at most 46340 within the image, as kernels count in 31 bits, got {size}")
+    return size
+
+
+def strips(shape, each):
+    """Grid and block of kernels whose threads stand along the rows, W * C, and do `each` rows of an image."""
+    N, H, W, C = shape
+    block = min(256, -(-W * C // 32) * 32)
+    return {"grid": N * -(-H // each) * -(-W * C // max(1, block)), "block": block}

@@ -1,0 +1,12 @@
+// Stands before the text of every kernel file, put there by tinydet/cuda.py and never included: NVRTC finds no headers, and CuPy's
+// cache looks at the text alone. kernels/cuda_on_cpu.h has the same names for the CPU (TINY_HOST).
+//
+// DYN_SHARED(T, name): name, a T* to the dynamic shared memory of the block (the `shared` bytes of the launch), 16-byte aligned.
+
+#ifndef TINY_HOST
+#define DYN_SHARED(T, name) extern __shared__ __align__(16) unsigned char name##_raw[]; T* name = (T*)name##_raw
+#endif
+typedef unsigned char u8;
+typedef unsigned short u16;
+#define INFINITE __int_as_float(0x7f800000)
+#define NOT_A_NUMBER __int_as_float(0x7fffffff)
