@@ -4,10 +4,12 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
-from conftest import BACKENDS, seeds
-from tinydet import to_numpy, use
+from conftest import BACKENDS, RUNNING, seeds
+from tinydet import cuda, emulate, to_numpy, use
 from tinydet.gradcheck import check_grad
-from tinydet.ops import conv
+from tinydet.ops import conv, relu
+
+KERNELS = [p for p in BACKENDS if p.values[0] in ("emulated", "cuda")]
 
 
 def by_definition(x, w, b, stride=1, pad=0, dilation=1):
@@ -138,14 +140,15 @@ def test_backends_agree_also_in_float32_and_transposed(shape, kernel, how, all_t
         x, w, b = random((N, W, H, C), (4, C, kernel, kernel), (4,), dtype=dtype)
         x, w = x.transpose(0, 2, 1, 3), w.transpose(2, 3, 1, 0)
         results = []
-        for backend in BACKENDS:
+        for backend in RUNNING:
             with use(backend) as put:
                 y, cache = conv.forward(put(x), put(w), put(b), *how)
                 dy = random((N, y.shape[2], y.shape[1], 4), dtype=dtype, seed=1)[0].transpose(0, 2, 1, 3)
                 results.append([to_numpy(a) for a in (y, *conv.backward(put(dy), cache))])
-        for a, b in zip(*results):
-            assert a.dtype == b.dtype == dtype
-            assert_allclose(a, b, rtol=tolerance, atol=tolerance * 10)
+        for found in results[1:]:
+            for a, b in zip(results[0], found, strict=True):
+                assert a.dtype == b.dtype == dtype
+                assert_allclose(a, b, rtol=tolerance, atol=tolerance * 10)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -290,3 +293,204 @@ def test_no_image_is_unrolled_beyond_the_limit(monkeypatch):
     assert conv.method(x, w, 1, (0, 0, 0, 0), 1) == "blas"
     monkeypatch.setattr(conv, "UNROLLED", 18 * 108 - 1)
     assert conv.method(x, w, 1, (0, 0, 0, 0), 1) == "direct"
+
+
+# relu=True
+
+RELU = [((2, 6, 5, 3), (1, 1, 3, 4), (1, 0, 1)), ((2, 9, 8, 3), (3, 3, 3, 4), (1, 1, 1)), ((2, 9, 8, 3), (3, 2, 3, 5), (2, 1, 2)),
+        ((1, 4, 4, 2), (4, 4, 2, 20), (1, 0, 1)), ((0, 4, 4, 2), (3, 3, 2, 3), (1, 0, 1))]      # Numba: blas, winograd, direct, blas
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("shape, kernel, how", RELU)
+def test_relu_is_the_op_behind_the_convolution_to_the_bit(backend, shape, kernel, how, dtype):
+    arrays = random(shape, kernel, kernel[3:], dtype=dtype)
+    with use(backend) as put:
+        plain, cache = conv.forward(*map(put, arrays), *how)
+        expected, positive = relu.forward(plain)
+        dy = put(random(plain.shape, dtype=dtype, seed=1)[0])
+        gradients = conv.backward(relu.backward(dy, positive), cache)
+        y, cache = conv.forward(*map(put, arrays), *how, relu=True)
+        found = conv.backward(dy, cache)
+    assert y.size == 0 or (0 < (to_numpy(y) > 0).mean() < 1)
+    for a, e in zip((y, *found), (expected, *gradients), strict=True):
+        assert_array_equal(to_numpy(a), to_numpy(e), strict=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape, kernel, how", RELU[1:4])
+def test_gradient_through_relu(backend, shape, kernel, how):
+    for seed in range(100):
+        arrays = random((1, *shape[1:3], 1), (*kernel[:2], 1, 2), (2,), seed=seed)
+        if abs(conv.forward(*arrays, *how)[0]).min() > 1e-3:            # off the kink
+            break
+    with use(backend) as put:
+        check_grad(lambda x, w, b: conv.forward(x, w, b, *how, relu=True), conv.backward, arrays, put=put)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_relu_keeps_nan_and_the_kink_passes_no_gradient(backend, size):
+    x, w = np.zeros((1, 12, 12, 1)), np.ones((size, size, 1, 1))
+    x[0, 1, 1], x[0, 9, 9], x[0, 9, 1] = np.nan, 2, -2
+    with use(backend) as put, conv.exact():
+        y, cache = conv.forward(put(x), put(w), put(np.zeros(1)), relu=True)
+        dx, dw, db = map(to_numpy, conv.backward(put(np.full(y.shape, 3.0)), cache))
+    y = to_numpy(y)[0, :, :, 0]
+    assert_array_equal(np.isnan(y).nonzero(), np.isnan(by_definition(x, w, np.zeros(1))[0, :, :, 0]).nonzero())
+    assert np.isnan(y).sum() == min(4, size * size) and (y == 2).sum() == size * size and (np.nan_to_num(y) < 0).sum() == 0
+    assert db == 3 * size * size
+    assert_array_equal(dx[0, 9 - size + 1:9 + size, 9 - size + 1:9 + size].ravel() > 0, True)
+    assert dx.sum() == 3 * size ** 4 and np.isfinite(dx).all()
+
+
+def test_the_cache_grows_with_relu_only():
+    arrays = random((1, 3, 3, 1), (2, 2, 1, 1), (1,))
+    assert len(conv.forward(*arrays)[1]) == 5
+    y, cache = conv.forward(*arrays, relu=True)
+    assert cache[5] is y
+
+
+# Every backend, and every variant of the kernels, against the reference in float64
+
+def distance(a, b):
+    a, b = to_numpy(a), to_numpy(b)
+    assert a.shape == b.shape
+    return np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-300)
+
+
+def check(backend, shape, kernel, how, dtype, bound):
+    """y, dx, dw and db of random arrays against the NumPy backend in float64."""
+    arrays = random(shape, kernel, kernel[3:], dtype=dtype)
+    with use("numpy"):
+        y, cache = conv.forward(*(a.astype(np.float64) for a in arrays), *how)
+        dy = random(y.shape, dtype=dtype, seed=1)[0]
+        expected = y, *conv.backward(dy.astype(np.float64), cache)
+    with use(backend) as put, conv.exact():
+        y, cache = conv.forward(*map(put, arrays), *how)
+        found = y, *conv.backward(put(dy), cache)
+    for a, e in zip(found, expected, strict=True):
+        assert a.dtype == dtype and distance(a, e) <= bound
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape, kernel, how", [
+    ((2, 7, 5, 3), (1, 1, 3, 5), (1, 0, 1)), ((2, 7, 6, 3), (1, 1, 3, 5), (2, 0, 1)), ((1, 7, 7, 1), (1, 1, 1, 1), (3, (0, 1, 2, 0), 1)),
+    ((1, 12, 14, 1), (7, 9, 1, 65), (1, (3, 2, 0, 4), 1)), ((1, 9, 9, 11), (3, 3, 11, 1), (1, 1, 1)),
+    ((2, 13, 11, 3), (3, 2, 3, 5), (3, (2, 1, 0, 3), 2)), ((1, 13, 11, 4), (3, 3, 4, 8), (2, 2, 2)), ((1, 14, 11, 2), (2, 3, 2, 3), (2, 3, 3)),
+    ((2, 7, 7, 55), (3, 3, 55, 4), (1, 0, 1)), ((1, 4, 6, 3), (4, 6, 3, 7), (1, 0, 1)), ((1, 2, 2, 3), (3, 3, 3, 4), (5, (3, 2, 4, 1), 1)),
+    ((2, 30, 29, 3), (11, 11, 3, 8), (4, (2, 1, 2, 1), 1)), ((1, 1, 300, 1), (1, 3, 1, 2), (1, 0, 1)), ((1, 0, 2, 3), (2, 2, 3, 4), (1, 2, 1)),
+])
+@pytest.mark.parametrize("dtype, bound", [(np.float32, 1e-5), (np.float64, 1e-13)])
+def test_shapes(backend, shape, kernel, how, dtype, bound):
+    check(backend, shape, kernel, how, dtype, bound)
+
+
+VARIANTS = [(cuda.DTYPES[v["real"]], int(v["BM"]), int(v["BN"]), int(v["VEC"])) for v in cuda.variants(cuda.source("conv.cu"))]
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("dtype, BM, BN, VEC, C, Cout, how, parts", [
+    (*variant, C, *rest) for variant in VARIANTS for C, *rest in [
+        (12, 132, (1, (1, 1, 2, 2), 1), 1), (12, 132, (1, (2, 2, 4, 4), 2), 1), (8, 68, (2, (1, 0, 2, 1), 1), 3),
+        (5, 67, (1, (1, 1, 2, 2), 1), 7), (5, 67, (3, (2, 2, 1, 4), 2), 7)] if C % variant[3] == 0])
+def test_every_tile_with_ragged_borders(backend, dtype, BM, BN, VEC, C, Cout, how, parts, monkeypatch):
+    """Windows, channels, and weights of an output are no multiple of any tile; sums over windows in one part and in 3 and 7 of odd length."""
+    monkeypatch.setattr(conv, "_tile", lambda *_: ((BM, BN, VEC), parts))
+    check(backend, (2, 7, 11, C), (3, 5, C, Cout), how, dtype, 1e-5 if dtype == np.float32 else 1e-13)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("windows, parts", [(1, 1), (7, 1), (7, 7), (7, 5), (8, 3), (9, 4), (63, 2), (65, 64)])
+def test_weight_gradients_in_parts(backend, windows, parts, monkeypatch):
+    monkeypatch.setattr(conv, "_tile", lambda *_: ((32, 32, 1), parts))
+    check(backend, (1, windows, 1, 3), (1, 1, 3, 5), (1, 0, 1), np.float64, 1e-13)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rows", [0, 1, 511, 512, 1023, 1024, 1537])
+@pytest.mark.parametrize("Cout", [1, 31, 33, 64])
+def test_column_sums_keep_their_digits(backend, rows, Cout):
+    dy = random((rows, 1, 1, Cout), dtype=np.float32)[0] + np.float32(30)
+    with use(backend) as put:
+        _, cache = conv.forward(*(put(np.zeros(s, np.float32)) for s in ((rows, 1, 1, 1), (1, 1, 1, Cout), (Cout,))))
+        db = to_numpy(conv.backward(put(dy), cache, need_dx=False)[2])
+    assert db.dtype == np.float32
+    assert_allclose(db, dy.sum((0, 1, 2), np.float64), rtol=2e-6)
+
+
+@pytest.mark.parametrize("tile", [(32, 32, 1), (64, 64, 4)])
+def test_no_bit_depends_on_the_order_of_threads(tile, monkeypatch):
+    if "emulated" not in RUNNING:
+        pytest.skip("needs the emulator")
+    monkeypatch.setattr(conv, "_tile", lambda *_: (tile, 3))
+    x, w, b = random((2, 7, 9, 8), (3, 3, 8, 36), (36,), dtype=np.float32)
+    results = []
+    for order, seed in (("forward", 0), ("reverse", 0), ("random", 1), ("random", 2)):
+        with use("emulated"), emulate.options(order=order, seed=seed):
+            y, cache = conv.forward(x, w, b, 2, 1)
+            results.append((y, *conv.backward(random(y.shape, dtype=np.float32, seed=1)[0], cache)))
+    for found in results[1:]:
+        for a, e in zip(found, results[0], strict=True):
+            assert_array_equal(a, e)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_numbers_at_odd_addresses_are_read_one_by_one(backend):
+    x, w, b = random((1, 5, 6, 4), (3, 3, 4, 8), (8,), dtype=np.float32)
+    with use(backend) as put:
+        odd = put(np.zeros(x.size + 1, np.float32))
+        odd[1:] = put(x).ravel()
+        odd = odd[1:].reshape(x.shape)
+        assert conv._tile(30, 8, 0, odd, put(w))[0][2] == 1 and conv._tile(30, 8, 0, put(x), put(w))[0][2] == 4
+        assert conv._tile(30, 8, 0, put(x), put(w[..., :7]))[0][2] == conv._tile(30, 8, 0, put(x.astype(float)))[0][2] == 1
+        a, e = (conv.forward(image, put(w), put(b), 1, 1)[0] for image in (odd, put(x)))
+        assert distance(a, e) <= 1e-6
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("stride, pad", [(2**30, (2**30, 0, 0, 0)), (2**30, (0, 0, 2**29, 0))])
+def test_images_beyond_the_kernels_indices_are_refused(backend, stride, pad):
+    with use(backend) as put, pytest.raises(ValueError, match=r"^conv\.forward: the padded image must have fewer than 2\^30 rows"):
+        conv.forward(*map(put, random((1, 1, 1, 1), (1, 1, 1, 2), (2,))), stride, pad)
+
+
+# The choice of a tile
+
+def waste(tile, parts, rows, columns, windows, multiprocessors):
+    """What best_tile promises to keep, from its words."""
+    _, at_a_time, speed = conv.TILES[tile]
+    blocks = int(np.ceil(rows / tile[0])) * int(np.ceil(columns / tile[1]))
+    rounds = int(np.ceil(blocks * parts / (multiprocessors * at_a_time)))
+    kept = speed * (rows * columns) / (blocks * tile[0] * tile[1]) * (blocks * parts) / (rounds * multiprocessors * at_a_time)
+    return kept * (windows / (windows + conv.SAVED * parts) if parts > 1 else 1)
+
+
+@given(rows=st.integers(1, 10**6), columns=st.integers(1, 600), windows=st.integers(0, 10**6), multiprocessors=st.integers(1, 200))
+def test_the_best_tile_and_parts_waste_least(rows, columns, windows, multiprocessors):
+    tile, parts = conv.best_tile(rows, columns, windows, tuple(conv.TILES), multiprocessors)
+    best = waste(tile, parts, rows, columns, windows, multiprocessors)
+    most = max(1, min(conv.PARTS, windows, conv.UNROLLED // (rows * columns)))
+    assert 1 <= parts <= most
+    for other in conv.TILES:
+        for p in {1, *(p for p in (2, 3, 7, 50, most) if p <= most)}:
+            assert waste(other, p, rows, columns, windows, multiprocessors) <= best * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("rows, columns, windows, tile, parts", [
+    (32 * 56 * 56, 256, 0, (128, 128), 1),      # VGG conv3 at batch 32: 1568 blocks, 264 at a time: 5.94 of 6 rounds
+    (32 * 112 * 112, 64, 0, (128, 64), 1),      # 64 channels: half of a wider block would be idle
+    (7 * 7, 512, 0, (32, 32), 1),               # few outputs: many small blocks
+    (20, 2, 0, (32, 32), 1),
+    (9 * 512, 512, 32 * 14 * 14, (128, 128), 11),
+])
+def test_tiles_of_known_layers(rows, columns, windows, tile, parts):
+    assert conv.best_tile(rows, columns, windows, tuple(conv.TILES), 132) == (tile, parts)
+
+
+def test_tiles_and_kernel_name_the_same_threads():
+    """threads = outputs of a block / outputs of a thread, of which kernels/conv.cu says TM x TN."""
+    for (BM, BN), (threads, _, _) in conv.TILES.items():
+        assert threads == BM * BN // ((8 if BM >= 64 else 4) * (8 if BM * BN >= 8192 else 4))
+    assert {v[1:3] for v in VARIANTS} == set(conv.TILES)

@@ -1,5 +1,7 @@
 """Convolution as products that need no unrolled image: the fast path of ops/conv.py for every stride, kernel and dilation.
 
+Numba only. On a GPU kernels/conv.cu does the same.
+
 In a channels-last image the values under one row of a kernel, kw * C numbers, lie side by side. So the outputs of a row are one matrix
 product for each kernel row: its left matrix is the image itself, read with a stride of stride * C between output pixels. Each task
 copies a strip of the image with its zero border to its own buffer, where it stays in the cache while simd.multiply works on it.

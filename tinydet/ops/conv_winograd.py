@@ -1,5 +1,7 @@
 """Convolution of stride 1 with fewer products (Winograd): the fast path of ops/conv.py for 3x3, 4x4, 5x5 and 7x7 kernels.
 
+Numba only. On a GPU kernels/conv.cu makes every product.
+
 An m x m tile of the output needs an a x a tile of the image, a = m + r - 1 for an r x r kernel. All three are polynomials; their product
 is evaluated at a points and interpolated (Toom-Cook; F(m x m, r x r) of Lavin and Gray), for every pair of channels c, o:
 
