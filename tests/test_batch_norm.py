@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
-from conftest import BACKENDS, distinct_NHWC, seeds
-from tinydet import to_numpy, use
+import fake_cupy
+from conftest import BACKENDS, RUNNING, distinct_NHWC, seeds
+from tinydet import emulate, to_numpy, use
 from tinydet.gradcheck import check_grad
 from tinydet.ops import batch_norm, conv, linear, relu
 
@@ -142,13 +143,14 @@ def test_backends_agree_also_in_float32_transposed_and_over_many_rows(all_thread
         x = (np.random.default_rng(0).standard_normal((3, 11, 21, 5)) + 100).astype(dtype).transpose(0, 2, 1, 3)
         gamma, beta = np.linspace(1, 2, 10).reshape(2, 5).astype(dtype)
         results = []
-        for backend in BACKENDS:
+        for backend in RUNNING:
             with use(backend) as put:
                 y, cache, moments = batch_norm.forward(put(x), put(gamma), put(beta))
                 results.append([to_numpy(a) for a in (y, *moments, *batch_norm.backward(put(x - 100), cache))])
-        for a, b in zip(*results):
-            assert a.dtype == b.dtype == dtype
-            assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+        for result in results:
+            for a, b in zip(result, results[0]):
+                assert a.dtype == b.dtype == dtype
+                assert_allclose(a, b, rtol=tolerance, atol=tolerance)
         assert_allclose(results[0][2], statistics(x)[1], rtol=tolerance)
 
 
@@ -166,22 +168,88 @@ def test_the_number_of_threads_changes_no_bit(shape, all_threads):
     assert_allclose(results[0][1:3], statistics(x), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("mean, std", [(0, 1), (1e4, 1), (-3e5, 10), (1, 1e-4)])
 @pytest.mark.parametrize("shape", [(4, 50, 40, 8), (3, 51, 41, 3)])
-def test_float32_sums_keep_their_digits_over_many_rows_and_about_a_large_mean(shape, mean, std):
+def test_float32_sums_keep_their_digits_over_many_rows_and_about_a_large_mean(backend, shape, mean, std):
     rng = np.random.default_rng(0)
     x = (mean + std * rng.standard_normal(shape)).astype(np.float32)
     x[0, 0, 0] = mean + 9 * std                             # far from the mean
     dy, one = rng.standard_normal(shape).astype(np.float32) + 1, np.ones(shape[3], np.float32)
-    y, cache, (m, v) = batch_norm.forward(x, one, 0 * one, 0.0)
-    exact = statistics(x)
+    with use(backend) as put:
+        y, cache, moments = batch_norm.forward(put(x), put(one), put(0 * one), 0.0)
+        _, dgamma, dbeta = map(to_numpy, batch_norm.backward(put(dy), cache))
+    exact, (m, v) = statistics(x), map(to_numpy, moments)
     assert_allclose(m, exact[0], rtol=1e-7, atol=1e-8 * std)
     assert_allclose(v, exact[1], rtol=1e-6)
-    _, dgamma, dbeta = batch_norm.backward(dy, cache)
     rows = x.size // shape[3]
     h = (x - m.astype(float)) / np.sqrt(v.astype(float))
     assert_allclose(dbeta / rows, dy.astype(float).mean((0, 1, 2)), rtol=1e-6)
     assert_allclose(dgamma / rows, (dy * h).mean((0, 1, 2)), atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 1, 63, 1), (1, 255, 1, 1), (1, 16, 16, 1), (1, 1, 257, 1), (1, 9, 7, 31), (2, 3, 11, 32),
+                                   (5, 1, 13, 33), (1, 3, 43, 64), (1, 7, 11, 65), (1, 2, 1, 300)])
+@pytest.mark.parametrize("relu", [False, True])
+def test_block_borders(backend, dtype, shape, relu):
+    """Columns and rows about the borders of blocks, several parts of the sums, more than one pixel a row: as NumPy in float64."""
+    rng, C = np.random.default_rng(0), shape[3]
+    x, dy = rng.standard_normal((2, *shape)).astype(dtype)
+    gamma, beta = rng.standard_normal((2, C)).astype(dtype)
+    found = []
+    for name, kind in ((backend, dtype), ("numpy", float)):
+        with use(name) as put:
+            y, cache, moments = batch_norm.forward(*(put(a.astype(kind)) for a in (x, gamma, beta)), 0.1, relu)
+            found.append([to_numpy(a) for a in (y, *moments, *batch_norm.backward(put(dy.astype(kind)), cache))])
+    pixels, tolerance = x.size // C, {4: 1e-5, 8: 1e-12}[x.itemsize]
+    for a, b, scale in zip(*found, (1, 1, 1, 1, pixels, pixels)):
+        assert a.dtype == dtype
+        assert np.linalg.norm(a - b) <= tolerance * max(np.linalg.norm(b), scale)
+
+
+@pytest.mark.skipif(emulate.missing() is not None, reason=str(emulate.missing()))
+@pytest.mark.parametrize("grid", [1, 1024])
+@pytest.mark.parametrize("shape", [(3, 21, 11, 5), (2, 16, 24, 3), (1, 13, 20, 70)])
+def test_the_order_of_threads_and_blocks_changes_no_bit(shape, grid, monkeypatch):
+    """Also where one block sums many rows."""
+    monkeypatch.setattr(batch_norm, "GRID", grid)
+    rng, results = np.random.default_rng(0), []
+    x, dy = (rng.standard_normal((2, *shape)) + [[[[[5]]]], [[[[0]]]]]).astype(np.float32)
+    gamma, beta = rng.standard_normal((2, shape[3])).astype(np.float32)
+    for order, seed in (("forward", 0), ("reverse", 0), ("random", 1)):
+        with use("emulated"), emulate.options(order=order, seed=seed):
+            y, cache, moments = batch_norm.forward(x, gamma, beta, relu=True)
+            results.append((y, *moments, *batch_norm.backward(dy, cache)))
+    for result in results:
+        for a, b in zip(result, results[0]):
+            assert_array_equal(a, b, strict=True)
+    assert_allclose(results[0][1:3], statistics(x), rtol=1e-6)
+
+
+@pytest.mark.skipif(emulate.missing() is not None, reason=str(emulate.missing()))
+def test_launches_are_few():
+    """Forward three, frozen one, backward three; array code on a GPU would take some twenty."""
+    with fake_cupy.installed(), use("cuda") as put:
+        x, one = put(np.ones((1, 2, 3, 4))), put(np.ones(4))
+        with fake_cupy.no_copies():
+            for run, count in ((lambda: batch_norm.forward(x, one, one), 3), (lambda: batch_norm.forward_frozen(x, one, one, one, one), 1)):
+                fake_cupy.launches.clear()
+                cache = run()[1]
+                assert len(fake_cupy.launches) == count
+                batch_norm.backward(x, cache)
+                assert len(fake_cupy.launches) == count + 3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_frozen_a_gradient_stays_at_its_pixel(backend):
+    """No sum of the batch is in dx: a NaN or an infinity spoils no other pixel."""
+    x, dy = np.ones((2, 1, 1, 4, 2))
+    dy[0, 0, 1, 0], x[0, 0, 2, 1], dy[0, 0, 3, 1] = np.nan, np.nan, np.inf
+    with use(backend) as put:
+        dx = batch_norm.backward(put(dy), batch_norm.forward_frozen(put(x), *(put(np.full(2, v)) for v in (3.0, 0.0, 0.0, 1.0)), 0.0)[1])[0]
+    assert_array_equal(to_numpy(dx)[0, 0], np.array([[3, np.nan, 3, 3], [3, 3, 3, np.inf]]).T)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -204,8 +272,9 @@ def test_nan_stays_in_its_channel(backend):
     x = np.arange(8.0).reshape(1, 2, 2, 2)
     x[0, 0, 0, 1] = np.nan
     with use(backend) as put:
-        y, _, _ = batch_norm.forward(put(x), put(np.ones(2)), put(np.zeros(2)))
-    assert_array_equal(np.isnan(to_numpy(y)).all((0, 1, 2)), [False, True])
+        y, _, moments = batch_norm.forward(put(x), put(np.ones(2)), put(np.zeros(2)))
+    for a in (y, *moments):
+        assert_array_equal(np.isnan(to_numpy(a)).reshape(-1, 2).all(0), [False, True])
 
 
 @pytest.mark.parametrize("change, error, message", [

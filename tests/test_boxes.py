@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
+import fake_cupy
 from conftest import BACKENDS, random_boxes, seeds
 from tinydet import to_numpy, use
 from tinydet.ops import boxes
@@ -82,21 +83,41 @@ def test_iou_properties(a, b, shift, scale):
     assert_array_equal(boxes.area(a, plus_one=True), boxes.area(a + end))
 
 
-def test_degenerate_boxes_and_nan():
-    a = np.array([[0.0, 0, 4, 4], [2, 2, 2, 2], [3, 3, 1, 1], [np.nan, 0, 1, 1]])
-    assert_array_equal(boxes.area(a), [16, 0, 0, np.nan])
-    assert_array_equal(boxes.iou(a, a)[:3, :3], [[1, 0, 0], [0, 0, 0], [0, 0, 0]])
-    assert np.isnan(boxes.iou(a, a)[3]).all()
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_degenerate_boxes_and_nan(backend):
+    with use(backend) as put:
+        a = put(np.array([[0.0, 0, 4, 4], [2, 2, 2, 2], [3, 3, 1, 1], [np.nan, 0, 1, 1]]))
+        area, iou = to_numpy(boxes.area(a)), to_numpy(boxes.iou(a, a))
+    assert_array_equal(area, [16, 0, 0, np.nan])
+    assert_array_equal(iou[:3, :3], [[1, 0, 0], [0, 0, 0], [0, 0, 0]])
+    assert np.isnan(iou[3]).all()
 
 
-def test_decode_cuts_the_growth():
-    box = boxes.decode(np.array([[0.0, 0, 16, 16]]), np.array([[0.0, 0, 100, math.log(1000 / 16)]]))
-    assert_allclose(box, [[-492, -492, 508, 508]], rtol=1e-12)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_decode_cuts_the_growth(backend):
+    with use(backend) as put:
+        box = boxes.decode(put(np.array([[0.0, 0, 16, 16]])), put(np.array([[0.0, 0, 100, math.log(1000 / 16)]])))
+    assert_allclose(to_numpy(box), [[-492, -492, 508, 508]], rtol=1e-12)
 
 
+def test_on_a_gpu_nothing_is_copied_to_the_host_and_a_side_of_zero_gives_no_finite_delta():
+    with fake_cupy.installed(), use("cuda") as put:
+        a, b = put(np.array([[0.0, 0, 4, 0], [1, 1, 3, 4]])), put(np.array([[1.0, 1, 3, 5], [1, 1, 3, 4]]))
+        with fake_cupy.no_copies(), np.errstate(all="ignore"):
+            deltas, overlap = boxes.encode(a, b), boxes.iou(a, b)
+            back, cut = boxes.decode(b, b), boxes.clip(a, 3, 2)
+        deltas, results = to_numpy(deltas), [to_numpy(r) for r in (overlap, back, cut)]
+    assert_array_equal(np.isfinite(deltas), [[1, 0, 1, 0], [1, 1, 1, 1]])
+    a, b = np.array([[0.0, 0, 4, 0], [1, 1, 3, 4]]), np.array([[1.0, 1, 3, 5], [1, 1, 3, 4]])
+    for found, expected in zip(results, (boxes.iou(a, b), boxes.decode(b, b), boxes.clip(a, 3, 2))):
+        assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @given(a=random_boxes())
-def test_clip(a):
-    found = boxes.clip(a, height=3, width=5)
+def test_clip(backend, a):
+    with use(backend) as put:
+        found = to_numpy(boxes.clip(put(a), height=3, width=5))
     for row, box in zip(found, a):
         assert_array_equal(row, [min(max(v, 0), side) for v, side in zip(box, (5, 3, 5, 3))])
     assert_array_equal(boxes.clip(found, 3, 5), found)

@@ -65,13 +65,15 @@ def test_the_default_axis_is_the_channels():
     assert concat.forward([a, b])[0].shape == (2, 3, 4, 6)
 
 
-def test_float32_and_transposed():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float32_and_transposed(backend):
     a, b = distinct((3, 5), 0), distinct((2, 5), 1)
-    y, cache = concat.forward((a.T, b.T), 1)
-    assert_array_equal(y, by_definition((a.T, b.T), 1))
-    y32, cache32 = concat.forward((a.T.astype(np.float32), b.T.astype(np.float32)), 1)
-    assert_array_equal(y32, y.astype(np.float32), strict=True)
-    assert [part.dtype for part in concat.backward(y32, cache32)] == [np.float32] * 2
+    with use(backend) as put:
+        y, _ = concat.forward((put(a.T), put(b.T)), 1)
+        y32, cache32 = concat.forward((put(a.T.astype(np.float32)), put(b.T.astype(np.float32))), 1)
+        assert [part.dtype for part in concat.backward(y32, cache32)] == [np.float32] * 2
+    assert_array_equal(to_numpy(y), by_definition((a.T, b.T), 1))
+    assert_array_equal(to_numpy(y32), to_numpy(y).astype(np.float32), strict=True)
 
 
 @pytest.mark.parametrize("xs, axis, error, message", [

@@ -84,18 +84,20 @@ def test_dropmap_of_the_notes(backend, x, seed):
     assert_array_equal(to_numpy(dx), np.full(x.shape, 0.75), strict=True)
 
 
-def test_the_seed_decides_and_the_dtype_does_not():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_seed_decides_and_backend_and_dtype_do_not(backend):
     x = distinct((3, 40), 0)
     y, _ = dropout.forward(x, 0.5, rng(1))
-    assert_array_equal(y, dropout.forward(x, 0.5, rng(1))[0])
     assert (y != dropout.forward(x, 0.5, rng(2))[0]).any()
-    assert_array_equal(dropout.forward(x.astype(np.float32), 0.5, rng(1))[0], y.astype(np.float32), strict=True)
-    y, cache = dropout.forward(x.astype(np.float32), np.float64(0.3), rng(1))
-    assert y.dtype == dropout.backward(y, cache).dtype == np.float32
-    assert_allclose(y, dropout.forward(x, 0.3, rng(1))[0], rtol=1e-6)
-    y, cache = dropout.forward_test(x.astype(np.float32), np.float64(0.3))
-    assert y.dtype == dropout.backward(y, cache).dtype == np.float32
-    assert_allclose(y, 0.7 * x, rtol=1e-6)
+    with use(backend) as put:
+        assert_array_equal(to_numpy(dropout.forward(put(x), 0.5, rng(1))[0]), y)
+        assert_array_equal(to_numpy(dropout.forward(put(x.astype(np.float32)), 0.5, rng(1))[0]), y.astype(np.float32), strict=True)
+        y, cache = dropout.forward(put(x.astype(np.float32)), np.float64(0.3), rng(1))
+        assert y.dtype == dropout.backward(y, cache).dtype == np.float32
+        assert_allclose(to_numpy(y), dropout.forward(x, 0.3, rng(1))[0], rtol=1e-6)
+        y, cache = dropout.forward_test(put(x.astype(np.float32)), np.float64(0.3))
+        assert y.dtype == dropout.backward(y, cache).dtype == np.float32
+    assert_allclose(to_numpy(y), 0.7 * x, rtol=1e-6)
 
 
 def test_empty_transposed_and_nan():

@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
+import fake_cupy
 from conftest import BACKENDS, distinct, distinct_NHWC, seeds
-from tinydet import to_numpy, use
+from tinydet import emulate, to_numpy, use
 from tinydet.gradcheck import check_grad, check_loss
 from tinydet.ops import conv, global_max_pool, logistic_loss, relu
 
@@ -109,7 +110,7 @@ def test_what_the_mask_forbids_changes_nothing(case, other):
 def test_who_wins(backend, x, mask, y, at):
     x, mask = np.array(x, float).reshape(1, 2, 2, 1), None if mask is None else np.array(mask, bool).reshape(1, 2, 2, 1)
     with use(backend) as put:
-        value, cache = global_max_pool.forward(put(x), mask)
+        value, cache = global_max_pool.forward(put(x), mask if mask is None else put(mask))
         dx = global_max_pool.backward(put(np.full((1, 1), 3.0)), cache)
     assert_array_equal(to_numpy(value), [[y]])
     assert_array_equal(to_numpy(dx).ravel(), 3 * (np.arange(4) == at))
@@ -205,10 +206,53 @@ def test_float32_and_transposed():
 @pytest.mark.parametrize("mask", [None, np.ones((0, 4, 5, 2), bool)])
 def test_no_image_and_one_element(backend, mask):
     with use(backend) as put:
-        y, cache = global_max_pool.forward(put(np.zeros((0, 4, 5, 2))), mask)
+        y, cache = global_max_pool.forward(put(np.zeros((0, 4, 5, 2))), mask if mask is None else put(mask))
         assert y.shape == (0, 2) and global_max_pool.backward(y, cache).shape == (0, 4, 5, 2)
         y, cache = global_max_pool.forward(put(np.full((1, 1, 1, 1), -3.0)))
         assert to_numpy(y).item() == -3 and to_numpy(global_max_pool.backward(y, cache)).item() == -3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(1, 15, 1, 31), (2, 4, 4, 32), (1, 1, 17, 33), (3, 5, 13, 63), (1, 16, 16, 65), (1, 1, 257, 1)])
+@pytest.mark.parametrize("mask", [None, 1, 2])
+def test_block_borders(backend, shape, mask):
+    """Channels and positions about what a block and its lanes take, over ties, infinities and NaN: as NumPy, to the bit."""
+    rng = np.random.default_rng(0)
+    x = rng.choice([-np.inf, -1, 0, 1, np.inf, np.nan], shape, p=[0.3, 0.3, 0.3, 0.08, 0.01, 0.01]).astype(np.float32)
+    mask = None if mask is None else rng.random((*shape[:3], 1 if mask == 1 else shape[3])) < 0.7
+    dy, results = rng.standard_normal((shape[0], shape[3])).astype(np.float32), []
+    for name in (backend, "numpy"):
+        with use(name) as put:
+            y, cache = global_max_pool.forward(put(x), mask if mask is None else put(mask))
+            results.append([to_numpy(a) for a in (y, cache[1], global_max_pool.backward(put(dy), cache))])
+    for a, b in zip(*results):
+        assert_array_equal(a, b)
+    assert results[0][0].dtype == results[0][2].dtype == np.float32
+
+
+@pytest.mark.skipif(emulate.missing() is not None, reason=str(emulate.missing()))
+def test_the_order_of_threads_changes_no_bit():
+    x, results = np.random.default_rng(0).integers(0, 3, (2, 9, 5, 40)).astype(np.float64), []
+    for order in ("forward", "reverse", "random"):
+        with use("emulated"), emulate.options(order=order, seed=4):
+            y, cache = global_max_pool.forward(x)
+            results.append((y, cache[1], global_max_pool.backward(y, cache)))
+    for result in results:
+        for a, b in zip(result, results[0]):
+            assert_array_equal(a, b, strict=True)
+
+
+@pytest.mark.skipif(emulate.missing() is not None, reason=str(emulate.missing()))
+def test_on_a_gpu_where_nothing_is_allowed_y_is_nan_and_dx_zero():
+    x, mask = distinct((2, 2, 2, 2), 0), np.ones((2, 2, 2, 2), bool)
+    mask[1, :, :, 0] = False
+    with fake_cupy.installed(), use("cuda") as put:
+        x, mask, dy = put(x), put(mask), put(np.ones((2, 2)))
+        with fake_cupy.no_copies():
+            y, cache = global_max_pool.forward(x, mask)
+            dx = global_max_pool.backward(dy, cache)
+        assert_array_equal(np.isnan(to_numpy(y)), [[0, 0], [1, 0]])
+        assert_array_equal(to_numpy(dx).sum((1, 2)), [[1, 1], [0, 1]])
 
 
 def only(*allowed):

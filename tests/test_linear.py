@@ -64,15 +64,19 @@ def test_fully_connected_on_two_windows_of_the_notes():
     assert_allclose(y, [[6.20, 10.42], [8.09, 14.20]], rtol=1e-12)
 
 
-def test_float32_and_transposed():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float32_and_transposed(backend):
     rng = np.random.default_rng(0)
     x, w, b, dy = (rng.standard_normal(s) for s in ((4, 7), (3, 4), (3,), (3, 7)))
-    (y, cache), dy = linear.forward(x.T, w.T, b), dy.T
-    y32, cache32 = linear.forward(*(a.astype(np.float32) for a in (x.T, w.T, b)))
-    assert_allclose(y, by_definition(x.T, w.T, b), rtol=1e-12)
-    for a, a32 in zip([y, *linear.backward(dy, cache)], [y32, *linear.backward(dy.astype(np.float32), cache32)]):
+    with use(backend) as put:
+        y, cache = linear.forward(*map(put, (x.T, w.T, b)))
+        y32, cache32 = linear.forward(*(put(a.astype(np.float32)) for a in (x.T, w.T, b)))
+        wide = [y, *linear.backward(put(dy.T), cache)]
+        narrow = [y32, *linear.backward(put(dy.T.astype(np.float32)), cache32)]
+    assert_allclose(to_numpy(y), by_definition(x.T, w.T, b), rtol=1e-12)
+    for a, a32 in zip(wide, narrow):
         assert a32.dtype == np.float32
-        assert_allclose(a32, a, rtol=1e-5, atol=1e-5)
+        assert_allclose(to_numpy(a32), to_numpy(a), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
-from conftest import BACKENDS, distinct, distinct_NHWC
-from tinydet import to_numpy, use
+from conftest import BACKENDS, RUNNING, distinct, distinct_NHWC
+from tinydet import cuda, emulate, to_numpy, use
 from tinydet.gradcheck import check_grad
 from tinydet.ops import lrn
 
@@ -73,7 +73,7 @@ def test_backends_agree_also_in_float32_and_transposed(beta, all_threads):
         expected = by_definition(x.astype(float), 5, 0.5, beta)
         wide, wide_cache = lrn.forward(x.astype(float), 5, 0.5, beta)
         dexpected = lrn.backward(dy.astype(float), wide_cache)
-        for backend in BACKENDS:
+        for backend in RUNNING:
             with use(backend) as put:
                 y, cache = lrn.forward(put(x), 5, *map(np.float64, (0.5, beta, 1)))                         # no promotion
                 dx, again = lrn.backward(put(dy), cache), lrn.backward(put(dy), cache)
@@ -133,6 +133,44 @@ def test_a_window_far_wider_than_the_channels_holds_them_all(backend):
     with use(backend) as put:
         found, expected = (to_numpy(lrn.forward(put(x), size, 0.5, divide_by_n=False)[0]) for size in (10**9 + 1, 9))
     assert_array_equal(found, expected)
+
+
+def both(backend, x, *how):
+    """y and dx of dy = x[..., ::-1]."""
+    with use(backend) as put:
+        y, cache = lrn.forward(put(x), *how)
+        return to_numpy(y), to_numpy(lrn.backward(put(x[..., ::-1]), cache))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("beta", [0.75, 0.6])
+@pytest.mark.parametrize("shape, size", [((1, 1, 255, 1), 5), ((2, 8, 8, 2), 5), ((1, 1, 1, 257), 5), ((1, 5, 3, 63), 1), ((1, 3, 2, 86), 9),
+                                         ((1, 1, 3, 400), 5), ((1, 2, 1, 400), 701)])
+def test_block_borders(backend, shape, size, beta):
+    """Pixels that two or three blocks share, and windows wider than a block; float32 against NumPy in float64."""
+    x = np.random.default_rng(0).standard_normal(shape)
+    for dtype, tolerance in ((np.float64, 1e-12), (np.float32, 1e-5)):
+        for a, b in zip(both(backend, x.astype(dtype), size, 0.5, beta), both("numpy", x, size, 0.5, beta)):
+            assert a.dtype == dtype and np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_window_that_shared_memory_does_not_hold(backend, monkeypatch):
+    monkeypatch.setattr(cuda, "PLENTY", 2 ** 11)
+    x = distinct((1, 2, 3, 40), 0)
+    for a, b in zip(both(backend, x, 71, 0.5), both("numpy", x, 71, 0.5)):
+        assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.skipif(emulate.missing() is not None, reason=str(emulate.missing()))
+def test_the_order_of_threads_changes_no_bit():
+    x, results = np.random.default_rng(0).standard_normal((2, 5, 3, 33)).astype(np.float32), []
+    for order in ("forward", "reverse", "random"):
+        with emulate.options(order=order, seed=3):
+            results.append(both("emulated", x, 5, 0.5))
+    for result in results:
+        for a, b in zip(result, results[0]):
+            assert_array_equal(a, b, strict=True)
 
 
 def test_k_must_not_vanish_in_float32():

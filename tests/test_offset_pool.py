@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
 from conftest import BACKENDS, distinct, distinct_NHWC, seeds
-from tinydet import to_numpy, use
+from tinydet import emulate, to_numpy, use
 from tinydet.gradcheck import check_grad
 from tinydet.ops import conv, max_pool, offset_pool, relu
 
@@ -106,7 +106,7 @@ def head(x, w, b, w1, dilation=1):
     """k x k conv, ReLU, 1x1 conv, as OverFeat's classifier; caches for head_dw."""
     y, c0 = conv.forward(x, w, b, dilation=dilation)
     y, c1 = relu.forward(y)
-    y, c2 = conv.forward(y, w1, np.zeros(w1.shape[3]))
+    y, c2 = conv.forward(y, w1, 0 * w1[0, 0, 0])
     return y, (c0, c1, c2)
 
 
@@ -121,7 +121,8 @@ def test_offset_route_is_dilated_route_is_naive_route(backend, p, k, more, seed)
     rng = np.random.default_rng(seed)
     n, m = (p * k + p - 1 + q for q in more)
     U, w, b, w1 = (rng.standard_normal(s) for s in ((2, n, m, 3), (k, k, 3, 4), (4,), (1, 1, 4, 2)))
-    with use(backend):
+    with use(backend) as put:
+        U, w, b, w1 = map(put, (U, w, b, w1))
         s, _ = offset_pool.forward(U, p)
         by_offset = [head(v, w, b, w1) for v in offset_pool.split(s, p)]
         F = offset_pool.interleave([y for y, _ in by_offset], p)
@@ -129,10 +130,10 @@ def test_offset_route_is_dilated_route_is_naive_route(backend, p, k, more, seed)
         naive = np.empty((2, n - p * k + 1, m - p * k + 1, 2))
         for r, c in np.ndindex(naive.shape[1:3]):
             block, _ = max_pool.forward(U[:, r:r + p * k, c:c + p * k], p)
-            naive[:, r:r + 1, c:c + 1] = head(block, w, b, w1)[0]
-        gF = rng.standard_normal(F.shape)
-        dw = sum(head_dw(g, c) for g, (_, c) in zip(offset_pool.split(gF, p), by_offset))
-        dw_dilated = head_dw(gF, caches)
+            naive[:, r:r + 1, c:c + 1] = to_numpy(head(block, w, b, w1)[0])
+        gF = put(rng.standard_normal(F.shape))
+        dw = to_numpy(sum(head_dw(g, c) for g, (_, c) in zip(offset_pool.split(gF, p), by_offset)))
+        dw_dilated, F, dilated = map(to_numpy, (head_dw(gF, caches), F, dilated))
     assert_allclose(F, dilated, rtol=1e-12, atol=1e-12)
     assert_allclose(F, naive, rtol=1e-12, atol=1e-12)
     assert_allclose(dw, dw_dilated, rtol=1e-12, atol=1e-12)
@@ -157,23 +158,83 @@ def test_the_dense_map_is_the_net_on_every_crop_only_without_padding(pad, same):
     assert np.allclose(F, crops, rtol=1e-12, atol=1e-10) == same
 
 
-def test_empty_batch_one_element_transposed_and_float32():
-    s, cache = offset_pool.forward(np.zeros((0, 3, 4, 2)), 3)
-    assert s.shape == (0, 1, 2, 2) and offset_pool.backward(s, cache).shape == (0, 3, 4, 2)
-    assert offset_pool.forward(np.full((1, 1, 1, 1), 4.0), 1)[0].item() == 4
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_batch_one_element_transposed_and_float32(backend):
     x = distinct((2, 6, 5, 3), 0)
-    s, _ = offset_pool.forward(x.transpose(0, 2, 1, 3), 2)
-    assert_array_equal(s.transpose(0, 2, 1, 3), offset_pool.forward(x, 2)[0])
-    assert_array_equal(offset_pool.forward(x.astype(np.float32), 2)[0], offset_pool.forward(x, 2)[0].astype(np.float32), strict=True)
+    with use(backend) as put:
+        for shape, pooled in (((0, 3, 4, 2), (0, 1, 2, 2)), ((1, 3, 4, 0), (1, 1, 2, 0))):
+            s, cache = offset_pool.forward(put(np.zeros(shape)), 3)
+            assert s.shape == pooled and offset_pool.backward(s, cache).shape == shape
+        assert to_numpy(offset_pool.forward(put(np.full((1, 1, 1, 1), 4.0)), 1)[0]).item() == 4
+        s, cache = offset_pool.forward(put(x.transpose(0, 2, 1, 3)), 2)
+        dx = to_numpy(offset_pool.backward(put(to_numpy(s).transpose(0, 2, 1, 3).copy().transpose(0, 2, 1, 3)), cache))
+        plain, plain_cache = offset_pool.forward(put(x), 2)
+        dplain = to_numpy(offset_pool.backward(plain, plain_cache))
+        s32, cache32 = offset_pool.forward(put(x.astype(np.float32)), 2)
+        dx32 = to_numpy(offset_pool.backward(s32, cache32))
+    assert_array_equal(to_numpy(s).transpose(0, 2, 1, 3), to_numpy(plain))
+    assert_array_equal(dx.transpose(0, 2, 1, 3), dplain)
+    assert_array_equal(to_numpy(s32), to_numpy(plain).astype(np.float32), strict=True)
+    assert_array_equal(dx32, dplain.astype(np.float32), strict=True)
 
 
-def test_nan_gives_nan_in_every_tile_that_holds_it():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_gives_nan_in_every_tile_that_holds_it(backend):
     x = distinct((1, 4, 4, 1), 0)
     x[0, 1, 2, 0] = np.nan
-    for backend in BACKENDS:
-        with use(backend) as put:
-            s, _ = offset_pool.forward(put(x), 2)
-        assert_array_equal(np.isnan(to_numpy(s))[0, :, :, 0], [[0, 1, 1], [0, 1, 1], [0, 0, 0]])
+    with use(backend) as put:
+        s, _ = offset_pool.forward(put(x), 2)
+    assert_array_equal(np.isnan(to_numpy(s))[0, :, :, 0], [[0, 1, 1], [0, 1, 1], [0, 0, 0]])
+
+
+def results(backend, x, size):
+    """Values, places and gradient of integers, whose sums are exact."""
+    with use(backend) as put:
+        s, cache = offset_pool.forward(put(x), size)
+        ds = np.random.default_rng(5).integers(-8, 9, s.shape).astype(x.dtype)
+        return [to_numpy(a) for a in (s, cache[3], offset_pool.backward(put(ds), cache))]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(seed=seeds, shape=st.tuples(st.integers(1, 2), st.integers(1, 21), st.integers(1, 5), st.integers(1, 4)), size=st.integers(1, 5),
+       dtype=st.sampled_from([np.float32, np.float64]))
+def test_every_backend_is_numpy_to_the_bit_over_ties_infinities_and_nan(backend, seed, shape, size, dtype):
+    """More rows than a thread of the kernel does, for the size that it knows and for others."""
+    shape = shape[0], max(shape[1], size), max(shape[2], size), shape[3]
+    x = np.random.default_rng(seed).choice([-np.inf, -1, 0, 1, 2, np.inf, np.nan], shape, p=[0.2, 0.2, 0.15, 0.15, 0.1, 0.1, 0.1]).astype(dtype)
+    for a, b in zip(results(backend, x, size), results("numpy", x, size)):
+        assert_array_equal(a, b, strict=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape, size", [((1, 1, 255, 1), 1), ((2, 4, 2, 64), 2), ((1, 3, 65, 4), 3), ((1, 12, 88, 3), 3), ((2, 11, 6, 63), 3),
+                                         ((1, 19, 20, 2), 17), ((1, 257, 258, 1), 257)])
+def test_block_borders_and_wide_indices(backend, shape, size):
+    """Rows of 255, 256, 257 and more threads; places above 255 and above 65535."""
+    if size < 17:
+        x = np.random.default_rng(0).integers(0, 50, shape).astype(np.float32)
+        for a, b in zip(results(backend, x, size), results("numpy", x, size)):
+            assert_array_equal(a, b)
+    if size > 16 and backend == "numba":
+        return                                                              # it would compile for seconds
+    x = np.indices(shape)[1:3].sum(0, dtype=float)                          # the last pixel of every tile wins
+    s, places, dx = results(backend, x, size)
+    assert_array_equal(s, x[:, size - 1:, size - 1:])
+    assert_array_equal(places, np.full(s.shape, size * size - 1))
+    ds = np.random.default_rng(5).integers(-8, 9, s.shape)
+    assert_array_equal(dx, np.pad(ds, ((0, 0), (size - 1, 0), (size - 1, 0), (0, 0))))
+
+
+@pytest.mark.skipif(emulate.missing() is not None, reason=str(emulate.missing()))
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_order_of_threads_changes_no_bit(size):
+    x, found = np.random.default_rng(0).standard_normal((2, 12, 7, 40)).astype(np.float32), []
+    for order in ("forward", "random"):
+        with use("emulated"), emulate.options(order=order, seed=size):
+            s, cache = offset_pool.forward(x, size)
+            found.append((s, cache[3], offset_pool.backward(s, cache)))
+    for a, b in zip(*found):
+        assert_array_equal(a, b, strict=True)
 
 
 def test_errors():

@@ -59,15 +59,20 @@ def test_the_top_down_path_meets_a_map_of_odd_side():
     assert_array_equal(upsample.backward(np.ones(y.shape), cache)[0, :, :, 0], [[4, 4], [2, 2]])
 
 
-def test_float32_and_transposed():
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [(11, 7), (12, 9)])
+def test_float32_and_transposed(backend, size):
     x = distinct((2, 3, 4, 1), 0)
-    y, cache = upsample.forward(x.T, 3, (11, 7))
-    assert_array_equal(y, by_definition(x.T, 3, (11, 7)))
-    y32, cache32 = upsample.forward(x.T.astype(np.float32), 3, [11, 7])
-    assert_array_equal(y32, y.astype(np.float32), strict=True)
-    dy = distinct(y.shape[::-1], 1).T
-    dx = upsample.backward(dy, cache)
-    assert_array_equal(upsample.backward(dy.astype(np.float32), cache32), dx.astype(np.float32), strict=True)
+    with use(backend) as put:
+        y, cache = upsample.forward(put(x.T), 3, size)
+        y32, cache32 = upsample.forward(put(x.T.astype(np.float32)), 3, list(size))
+        dy = distinct(y.shape[::-1], 1).T
+        kept = dy.copy()
+        dx, dx32 = to_numpy(upsample.backward(put(dy), cache)), to_numpy(upsample.backward(put(dy.astype(np.float32)), cache32))
+    assert_array_equal(to_numpy(y), by_definition(x.T, 3, size))
+    assert_array_equal(to_numpy(y32), to_numpy(y).astype(np.float32), strict=True)
+    assert_array_equal(dx32, dx.astype(np.float32), strict=True)
+    assert_array_equal(dy, kept)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -5,10 +5,11 @@ OverFeat had none (2013); the small nets here use it in place of weeks of traini
 import numpy as np
 from numba import njit, prange
 
-from tinydet import checks
+from tinydet import checks, cuda
 from tinydet.backend import array_module, pick
 
 PARTS, BLOCK, WIDTH = 64, 256, 64       # see _blocks and _wide
+GRID, EACH = 1024, 4                    # CUDA: blocks that sum, as many as fill a large GPU; pixels of a thread (EACH of the kernel file)
 
 
 def forward(x, gamma, beta, eps=1e-5, relu=False):
@@ -16,15 +17,16 @@ def forward(x, gamma, beta, eps=1e-5, relu=False):
 
     y = gamma * (x - mean) / sqrt(var + eps) + beta; mean and var (biased: divided by the count) over all axes but the last.
     relu=True: y = max(0, that), as ops.relu behind it would make it, in the same pass; NaN stays NaN.
-    x: (N, H, W, C), gamma, beta: (C,), one dtype, float32 or float64. Sums run in float64 (Numba: of sums over short blocks of
-    rows, which run in x's dtype about the mean of the block, so that a large mean swamps nothing).
+    x: (N, H, W, C), gamma, beta: (C,), one dtype, float32 or float64. Sums run in float64 (Numba and CUDA: of sums over short
+    blocks of rows, which run in x's dtype about the mean of the block, in CUDA of some of its rows, so that a large mean swamps
+    nothing).
     Returns y (N, H, W, C), cache, and (mean, var) of shape (C,) for the running averages.
     Raises ValueError for an empty batch, which has no mean, or shapes that do not fit; TypeError for other dtypes.
     """
     _check("batch_norm.forward", x, eps, gamma=gamma, beta=beta)
     if x.size == 0:
         raise ValueError(f"batch_norm.forward: x must hold at least one pixel, got {x.shape}")
-    mean, var = pick(x, numpy=_moments_numpy, numba=_moments_numba)(x)
+    mean, var = pick(x, numpy=_moments_numpy, numba=_moments_numba, cuda=_moments_cuda)(x)
     y, cache = _normalise(x, gamma, beta, mean, var, eps, relu, training=True)
     return y, cache, (mean, var)
 
@@ -33,7 +35,7 @@ def forward_frozen(x, gamma, beta, mean, var, eps=1e-5, relu=False):
     """Normalise with given statistics, at test time or in a frozen trunk: y = gamma * (x - mean) / sqrt(var + eps) + beta.
 
     As forward, but mean and var (C,) are inputs and constants of the gradient, and an empty x is allowed.
-    Returns y and cache.
+    Returns y and cache. A var below 0 is refused on the host; on a GPU y is NaN where var + eps < 0.
     """
     _check("batch_norm.forward_frozen", x, eps, gamma=gamma, beta=beta, mean=mean, var=var)
     return _normalise(x, gamma, beta, mean, var, eps, relu, training=False)
@@ -46,15 +48,10 @@ def backward(dy, cache):
     because mean and var depend on x too; frozen: dx = gamma / sqrt(var + eps) * dy. With relu, dy counts as 0 where not y > 0;
     y is made again from x, which costs less than to read it.
     """
-    x, gamma, beta, mean, inverse, relu, training = cache
+    x = cache[0]
     checks.same_shape("batch_norm.backward", x.shape, dy=dy)
     checks.same_dtype("batch_norm.backward", x=x, dy=dy)
-    sums, gradient = pick(x, numpy=(_sums_numpy, _gradient_numpy), numba=(_sums_numba, _gradient_numba))
-    scale = inverse * gamma
-    dbeta, dgamma = sums(dy, x, mean, scale, beta, relu, inverse)
-    count = max(1, x.size // len(gamma)) if training else np.inf
-    dx = gradient(dy, x, mean, scale, beta, relu, inverse, (dbeta / count).astype(x.dtype), (dgamma / count).astype(x.dtype))
-    return dx, dgamma.astype(x.dtype), dbeta.astype(x.dtype)
+    return pick(x, numpy=_backward_numpy, numba=_backward_numba, cuda=_backward_cuda)(dy, *cache)
 
 
 def fold(w, b, gamma, beta, mean, var, eps=1e-5):
@@ -62,7 +59,7 @@ def fold(w, b, gamma, beta, mean, var, eps=1e-5):
 
     w' = w * gamma / sqrt(var + eps), b' = (b - mean) * gamma / sqrt(var + eps) + beta, so that conv(x, w', b') =
     forward_frozen(conv(x, w, b), gamma, beta, mean, var, eps) up to rounding. w: (..., Cout), conv or linear; the others (Cout,); one
-    dtype. Returns w', b' (copies). Raises ValueError for shapes, TypeError for dtypes.
+    dtype. Returns w', b' (copies). Raises ValueError for shapes, TypeError for dtypes. Array code also on a GPU: done once.
     """
     op = "batch_norm.fold"
     checks.float_array(op, "w", w)
@@ -84,14 +81,13 @@ def _check(op, x, eps, **channel):
 def _check_variance(op, eps, var):
     if not 0 <= eps < np.inf:
         raise ValueError(f"{op}: eps must be finite and at least 0, got {eps}")
-    if var is not None and bool((var < 0).any()):
+    if var is not None and checks.on_host(var) and bool((var < 0).any()):
         raise ValueError(f"{op}: var must be at least 0, got {float(var.min())}")
 
 
 def _normalise(x, gamma, beta, mean, var, eps, relu, training):
-    inverse = 1 / array_module(x).sqrt(var + x.dtype.type(eps))
-    run = pick(x, numpy=_scale_numpy, numba=_scale_numba)
-    return run(x, mean, inverse * gamma, beta, relu), (x, gamma, beta, mean, inverse, relu, training)
+    run, eps = pick(x, numpy=_forward_numpy, numba=_forward_numba, cuda=_forward_cuda), x.dtype.type(eps)
+    return run(x, gamma, beta, mean, var, eps, relu), (x, gamma, beta, mean, var, eps, relu, training)
 
 
 # NumPy
@@ -100,34 +96,34 @@ def _moments_numpy(x):
     return tuple(m.astype(x.dtype) for m in (x.mean((0, 1, 2), np.float64), x.var((0, 1, 2), np.float64)))
 
 
-def _scale_numpy(x, mean, scale, beta, relu):
-    y = (x - mean) * scale + beta
+def _forward_numpy(x, gamma, beta, mean, var, eps, relu):
+    y = (x - mean) * (1 / np.sqrt(var + eps) * gamma) + beta
     return np.maximum(y, 0) if relu else y
 
 
-def _passed_numpy(dy, x, mean, scale, beta, relu):
-    """What of dy passes the ReLU, if there is one."""
-    return array_module(x).where(_scale_numpy(x, mean, scale, beta, False) > 0, dy, x.dtype.type(0)) if relu else dy
-
-
-def _sums_numpy(dy, x, mean, scale, beta, relu, inverse):
-    dy = _passed_numpy(dy, x, mean, scale, beta, relu)
-    return dy.sum((0, 1, 2), np.float64), (dy * ((x - mean) * inverse)).sum((0, 1, 2), np.float64)
-
-
-def _gradient_numpy(dy, x, mean, scale, beta, relu, inverse, dbeta, dgamma):
-    dy = _passed_numpy(dy, x, mean, scale, beta, relu)
-    return scale * (dy - dbeta - (x - mean) * inverse * dgamma)
+def _backward_numpy(dy, x, gamma, beta, mean, var, eps, relu, training):
+    if relu:
+        dy = np.where(_forward_numpy(x, gamma, beta, mean, var, eps, False) > 0, dy, x.dtype.type(0))
+    inverse, count = 1 / np.sqrt(var + eps), max(1, x.size // len(gamma))
+    h = (x - mean) * inverse
+    sums = dy.sum((0, 1, 2), np.float64), (dy * h).sum((0, 1, 2), np.float64)
+    dbeta, dgamma, shift, slope = (v.astype(x.dtype) for v in (*sums, *(s / count for s in sums)))
+    return inverse * gamma * (dy - shift - h * slope if training else dy), dgamma, dbeta
 
 
 # Numba: one pass over memory each
 
 def _wide(x):
     """x as rows of k pixels each, and k: C * k is at least WIDTH if the number of pixels allows, so that short rows fill vectors."""
+    C, k = x.shape[3], _side(x)
+    return np.ascontiguousarray(x).reshape(-1, C * k), k
+
+
+def _side(x):
     C, k = x.shape[3], 1
     while C * k < WIDTH and x.size // C % (2 * k) == 0:
         k *= 2
-    return np.ascontiguousarray(x).reshape(-1, C * k), k
+    return k
 
 
 def _blocks(x):
@@ -145,24 +141,20 @@ def _moments_numba(x):
     return mean.astype(x.dtype), np.maximum(var, 0).astype(x.dtype)
 
 
-def _scale_numba(x, mean, scale, beta, relu):
-    (rows, k), y = _wide(x), np.empty(x.shape, x.dtype)
+def _forward_numba(x, gamma, beta, mean, var, eps, relu):
+    (rows, k), y, scale = _wide(x), np.empty(x.shape, x.dtype), 1 / np.sqrt(var + eps) * gamma
     _scale(rows, *(np.tile(v, k) for v in (mean, scale, beta)), relu, y.reshape(rows.shape))
     return y
 
 
-def _sums_numba(dy, x, mean, scale, beta, relu, inverse):
-    rows, k = _wide(x)
-    sums = _sums(_wide(dy)[0], rows, *(np.tile(v, k) for v in (mean, scale, beta)), relu, _blocks(rows))
-    dbeta, dgamma = sums.sum(0).reshape(2, k, -1).sum(1)
-    return dbeta, dgamma * inverse
-
-
-def _gradient_numba(dy, x, mean, scale, beta, relu, inverse, dbeta, dgamma):
-    (rows, k), dx = _wide(x), np.empty(x.shape, x.dtype)
-    channel = (np.tile(v, k) for v in (mean, scale, beta, dbeta, inverse * dgamma))
-    _gradient(_wide(dy)[0], rows, *channel, relu, dx.reshape(rows.shape))
-    return dx
+def _backward_numba(dy, x, gamma, beta, mean, var, eps, relu, training):
+    (rows, k), dx, inverse, count = _wide(x), np.empty(x.shape, x.dtype), 1 / np.sqrt(var + eps), max(1, x.size // len(gamma))
+    channel, dy = [np.tile(v, k) for v in (mean, inverse * gamma, beta)], _wide(dy)[0]
+    dbeta, dgamma = _sums(dy, rows, *channel, relu, _blocks(rows)).sum(0).reshape(2, k, -1).sum(1)
+    dgamma *= inverse
+    shift, slope = (v.astype(x.dtype) for v in (dbeta / count, dgamma / count))
+    _gradient(dy, rows, *channel, np.tile(shift, k), np.tile(inverse * slope, k), relu, training, dx.reshape(rows.shape))
+    return dx, dgamma.astype(x.dtype), dbeta.astype(x.dtype)
 
 
 @njit(cache=True, parallel=True)
@@ -220,11 +212,50 @@ def _sums(dy, x, mean, scale, beta, relu, blocks):
 
 
 @njit(cache=True, parallel=True)
-def _gradient(dy, x, mean, scale, beta, dbeta, slope, relu, dx):
+def _gradient(dy, x, mean, scale, beta, shift, slope, relu, training, dx):
     rows, C = x.shape
     zero = x.dtype.type(0)
     for r in prange(rows):
         for c in range(C):
             d = x[r, c] - mean[c]
             g = zero if relu and not d * scale[c] + beta[c] > zero else dy[r, c]
-            dx[r, c] = scale[c] * (g - dbeta[c] - d * slope[c])
+            dx[r, c] = scale[c] * (g - shift[c] - d * slope[c] if training else g)
+
+
+# CUDA: kernels/batch_norm.cu
+
+def _slabs(x):
+    """Rows and columns of x as _wide reads it, rows of a block, number of such parts, and the grid: every part times 32 columns."""
+    columns = x.shape[3] * _side(x)
+    rows, slabs = x.size // columns, -(-columns // 32)
+    per = max(64, -(-rows * slabs // GRID))
+    parts = -(-rows // per)
+    return rows, columns, per, parts, parts * slabs
+
+
+def _moments_cuda(x):
+    x = array_module(x).ascontiguousarray(x)
+    (rows, columns, per, parts, grid), C = _slabs(x), x.shape[3]
+    partial, mean, var = cuda.empty(x, (parts, 2, columns), np.float64), cuda.empty(x, C), cuda.empty(x, C)
+    cuda.launch("batch_norm.cu", "batch_norm_moments", (x, partial, rows, columns, per), grid=grid, block=(32, 8))
+    cuda.launch("batch_norm.cu", "batch_norm_statistics", (partial, mean, var, parts, rows, columns, per, C), grid=C, block=128)
+    return mean, var
+
+
+def _forward_cuda(x, gamma, beta, mean, var, eps, relu):
+    x, mean, var, gamma, beta = map(array_module(x).ascontiguousarray, (x, mean, var, gamma, beta))
+    y, C, pixels = cuda.empty(x, x.shape), x.shape[3], x.size // x.shape[3]
+    step = -(-pixels // EACH)
+    cuda.launch("batch_norm.cu", "batch_norm_forward", (x, mean, var, gamma, beta, y, pixels, C, step, eps, relu), threads=step * C)
+    return y
+
+
+def _backward_cuda(dy, x, gamma, beta, mean, var, eps, relu, training):
+    given = [array_module(x).ascontiguousarray(a) for a in (dy, x, mean, var, gamma, beta)]
+    (rows, columns, per, parts, grid), C, pixels = _slabs(x), x.shape[3], x.size // x.shape[3]
+    partial, step = cuda.empty(x, (parts, 2, columns), np.float64), -(-pixels // EACH)
+    dx, dgamma, dbeta = cuda.empty(x, x.shape), cuda.empty(x, C), cuda.empty(x, C)
+    cuda.launch("batch_norm.cu", "batch_norm_sums", (*given, partial, rows, columns, per, C, eps, relu), grid=grid, block=(32, 8))
+    cuda.launch("batch_norm.cu", "batch_norm_totals", (partial, given[3], dgamma, dbeta, parts, columns, C, eps), grid=C, block=128)
+    cuda.launch("batch_norm.cu", "batch_norm_backward", (*given, dgamma, dbeta, dx, pixels, C, step, eps, relu, training), threads=step * C)
+    return dx, dgamma, dbeta

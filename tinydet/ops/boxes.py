@@ -1,6 +1,7 @@
 """Boxes (x1, y1, x2, y2) in continuous pixels, area (x2 - x1) * (y2 - y1): overlap, coding, clipping.
 
 plus_one=True counts pixels inclusively, as the VOC and Fast R-CNN codes did: a side is x2 - x1 + 1 long.
+On a GPU array code serves: the arrays are small, or as large as the matrix of overlaps that is asked for.
 """
 import math
 
@@ -36,14 +37,15 @@ def iou(a, b, plus_one=False):
 def encode(anchors, boxes, plus_one=False):
     """Box deltas of R-CNN (ohem notes 1.5): (dx, dy) = centre shift / anchor side, (dw, dh) = log of the ratio of sides.
 
-    anchors, boxes: (R, 4), one float dtype, all sides positive. Returns (R, 4). Raises ValueError for a side <= 0.
+    anchors, boxes: (R, 4), one float dtype, all sides positive. Returns (R, 4). Raises ValueError for a side <= 0; on a GPU, where
+    values are not looked at, its deltas are infinite or NaN.
     """
     checks.float_array("boxes.encode", "anchors", anchors, "(R, 4)")
     checks.same_shape("boxes.encode", anchors.shape, boxes=boxes)
     checks.same_dtype("boxes.encode", anchors=anchors, boxes=boxes)
     xp = array_module(anchors)
     (pc, ps), (gc, gs) = _centre_side(anchors, plus_one), _centre_side(boxes, plus_one)
-    if not bool((ps > 0).all() and (gs > 0).all()):
+    if checks.on_host(ps) and not bool((ps > 0).all() and (gs > 0).all()):
         raise ValueError("boxes.encode: every side of anchors and boxes must be positive, got one that is not")
     return xp.concatenate([(gc - pc) / ps, xp.log(gs / ps)], 1)
 

@@ -7,7 +7,8 @@ def forward(xs, axis=-1):
     """y = the arrays xs one after the other along `axis` (default: channels).
 
     xs: a sequence of at least one array, equal in dtype (float32 or float64) and in every other axis. Returns y and cache.
-    Raises ValueError for shapes that do not fit or an empty sequence, TypeError for dtypes.
+    Raises ValueError for shapes that do not fit or an empty sequence, TypeError for dtypes. On a GPU array code serves: each number
+    is copied once, in one launch or one for each array.
     """
     op, xs = "concat.forward", list(xs)
     if not xs:

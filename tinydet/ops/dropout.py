@@ -14,12 +14,13 @@ def forward(x, p, rng, by_map=False, inverted=True):
     code of Oquab et al. (notes, sec. 4.1), which is classical there.
     x: any shape, float32 or float64; 0 <= p < 1; rng: numpy.random.Generator, the same bits on every backend.
     Returns y (same shape and dtype) and cache. Raises ValueError for p outside [0, 1), TypeError for dtypes or another rng.
+    On a GPU array code serves: the mask is drawn on the host and sent as bool, which takes longer than the two launches.
     """
     _check("dropout.forward", x, p)
     if not isinstance(rng, np.random.Generator):
         raise TypeError(f"dropout.forward: rng must be a numpy.random.Generator, got {type(rng).__name__}")
     keep = rng.random(x.shape[-1:] if by_map else x.shape, np.float32) >= p
-    mask = array_module(x).asarray(keep).astype(x.dtype) * x.dtype.type(1 / (1 - p) if inverted else 1)
+    mask = array_module(x).asarray(keep) * x.dtype.type(1 / (1 - p) if inverted else 1)
     return x * mask, (x.shape, mask)
 
 

@@ -2,8 +2,10 @@
 import numpy as np
 from numba import njit, prange
 
-from tinydet import checks
+from tinydet import checks, cuda
 from tinydet.backend import array_module, pick
+
+BLOCK = 256             # threads of the CUDA kernels
 
 
 def forward(x, size=5, alpha=1e-4, beta=0.75, k=1.0, divide_by_n=True):
@@ -27,7 +29,7 @@ def forward(x, size=5, alpha=1e-4, beta=0.75, k=1.0, divide_by_n=True):
     if k == 0:
         raise ValueError(f"{op}: k must be above 0 in {x.dtype} too, got a smaller one")
     half = min(size // 2, x.shape[3])                                   # a wider window holds all channels anyway
-    run = pick(x, numpy=_forward_numpy, numba=_forward_numba)
+    run = pick(x, numpy=_forward_numpy, numba=_forward_numba, cuda=_forward_cuda)
     y, s = run(x, half, a, beta, k)
     return y, (x, s, half, a, beta)
 
@@ -37,7 +39,7 @@ def backward(dy, cache):
     x = cache[0]
     checks.same_shape("lrn.backward", x.shape, dy=dy)
     checks.same_dtype("lrn.backward", x=x, dy=dy)
-    return pick(x, numpy=_backward_numpy, numba=_backward_numba)(dy, *cache)
+    return pick(x, numpy=_backward_numpy, numba=_backward_numba, cuda=_backward_cuda)(dy, *cache)
 
 
 # NumPy
@@ -122,3 +124,22 @@ def _gradient(dy, x, s, dx, half, slope, beta):
         total = _sums(shares, C, half)
         for c in range(C):
             dx[r, c] -= slope * x[r, c] * total[c]
+
+
+# CUDA: kernels/lrn.cu
+
+def _forward_cuda(x, half, a, beta, k):
+    x, y, s = array_module(x).ascontiguousarray(x), cuda.empty(x, x.shape), cuda.empty(x, x.shape)
+    cuda.launch("lrn.cu", "lrn_forward", (x, y, s, x.size, x.shape[3], half, a, beta, k), threads=x.size)
+    return y, s
+
+
+def _backward_cuda(dy, x, s, half, a, beta):
+    shared = (BLOCK + 2 * half) * x.dtype.itemsize
+    if shared > cuda.PLENTY:                        # half in the thousands
+        return _backward_numpy(dy, x, s, half, a, beta)
+    xp = array_module(x)
+    dy, x, dx = xp.ascontiguousarray(dy), xp.ascontiguousarray(x), cuda.empty(x, x.shape)
+    args = dy, x, s, dx, x.size, x.shape[3], half, 2 * a * beta, beta
+    cuda.launch("lrn.cu", "lrn_backward", args, threads=x.size, block=BLOCK, shared=shared)
+    return dx

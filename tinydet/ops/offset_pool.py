@@ -1,5 +1,7 @@
 """Offset max-pooling and the interleaving of its maps: how OverFeat recovers the resolution of the last pooling."""
-from tinydet import checks
+import numpy as np
+
+from tinydet import checks, cuda
 from tinydet.backend import array_module
 from tinydet.ops import max_pool
 
@@ -11,13 +13,13 @@ def forward(x, size):
     x: (N, H, W, C) float32 or float64. Returns s (N, H - size + 1, W - size + 1, C), same dtype, and cache.
     Ties go to the first pixel in row order; NaN in a tile gives NaN. Raises ValueError if x holds no complete tile.
     """
-    return max_pool.pool("offset_pool.forward", x, size, 1)
+    return max_pool.pool("offset_pool.forward", x, size, 1, on_gpu=_forward_cuda)
 
 
 def backward(ds, cache):
     """dx of forward. A pixel can win up to size*size tiles, one for each offset: their gradients are added."""
     checks.same_shape("offset_pool.backward", cache[3].shape, ds=ds)
-    return max_pool.backward(ds, cache)
+    return max_pool.backward(ds, cache, on_gpu=_backward_cuda)
 
 
 def offsets(size):
@@ -52,3 +54,24 @@ def interleave(maps, size):
             raise ValueError(f"offset_pool.interleave: maps of {[m.shape[1:3] for m in maps]} are not the split of one map")
         view[...] = m
     return F
+
+
+# NumPy and Numba: max_pool.py. CUDA: kernels/offset_pool.cu
+
+def _launch(kernel, arrays, H, W, C, size, shape):
+    """A thread does 8 rows of `shape` where the kernel knows the size, else 4 (ROWS of the kernel file)."""
+    known = size if size == 3 else 0
+    cuda.launch("offset_pool.cu", kernel, (*arrays, H, W, C, size), SIZE=known, **max_pool.strips(shape, 8 if known else 4))
+
+
+def _forward_cuda(x, shape, size, *_):
+    x, s = array_module(x).ascontiguousarray(x), cuda.empty(x, shape)
+    argmax = cuda.empty(x, shape, np.min_scalar_type(size * size - 1))
+    _launch("offset_pool_forward", (x, s, argmax), *x.shape[1:], size, shape)
+    return s, argmax
+
+
+def _backward_cuda(ds, shape, size, stride, argmax, *_):
+    ds, dx = array_module(ds).ascontiguousarray(ds), cuda.empty(ds, shape)
+    _launch("offset_pool_backward", (ds, argmax, dx), *shape[1:], size, shape)
+    return dx

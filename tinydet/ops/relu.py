@@ -9,7 +9,7 @@ from tinydet.backend import array_module, pick
 def forward(x):
     """y = max(x, 0), elementwise. x: any shape, float32 or float64. Returns y (same shape and dtype) and cache.
 
-    NaN stays NaN. An empty x gives an empty y.
+    NaN stays NaN. An empty x gives an empty y. On a GPU array code serves: one launch, two backward.
     """
     checks.float_array("relu.forward", "x", x)
     y = array_module(x).maximum(x, 0)
