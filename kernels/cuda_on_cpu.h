@@ -7,8 +7,8 @@
 // A kernel that never waits runs as a plain loop. Not modelled: the order in which memory is seen by others, bank conflicts, speed.
 //
 // Everywhere g++'s own checks are compiled in (array bounds, alignment, null pointers, shifts, division by 0; handlers at the end).
-// -DEMULATE_ADDRESS -fsanitize=address finds other accesses outside an array. -DEMULATE_THREAD -fsanitize=thread finds races inside a block;
-// with -DEMULATE_BLOCKS races between blocks, and none in shared memory, which each block uses anew.
+// -DEMULATE_ADDRESS -fsanitize=address finds all other accesses outside an array, -DEMULATE_THREAD -fsanitize=thread races inside a block;
+// with -DEMULATE_BLOCKS too, races between blocks (and none in shared memory, which each block uses anew).
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -38,7 +38,8 @@
 #define VECTORS(T, base, align2, align4) \
     struct __align__(align2) T##2 { base x, y; };         static inline T##2 make_##T##2(base x, base y) { return {x, y}; } \
     struct T##3 { base x, y, z; };                        static inline T##3 make_##T##3(base x, base y, base z) { return {x, y, z}; } \
-    struct __align__(align4) T##4 { base x, y, z, w; };   static inline T##4 make_##T##4(base x, base y, base z, base w) { return {x, y, z, w}; }
+    struct __align__(align4) T##4 { base x, y, z, w; }; \
+    static inline T##4 make_##T##4(base x, base y, base z, base w) { return {x, y, z, w}; }
 VECTORS(float, float, 8, 16)
 VECTORS(double, double, 16, 16)
 VECTORS(int, int, 8, 16)
@@ -68,13 +69,14 @@ static inline void __asan_unpoison_memory_region(const void*, size_t) {}
 #endif
 #ifdef EMULATE_THREAD
 extern "C" void *__tsan_get_current_fiber(), *__tsan_create_fiber(unsigned);
-extern "C" void __tsan_destroy_fiber(void*), __tsan_switch_to_fiber(void*, unsigned), __tsan_set_fiber_name(void*, const char*), __tsan_acquire(void*), __tsan_release(void*);
+extern "C" void __tsan_switch_to_fiber(void*, unsigned), __tsan_set_fiber_name(void*, const char*), __tsan_destroy_fiber(void*);
+extern "C" void __tsan_acquire(void*), __tsan_release(void*);
 extern "C" void AnnotateBenignRaceSized(const char*, int, const void*, size_t, const char*);
 #endif
 
 namespace cpu {
 
-const size_t PAGE = 4096, STACK = 256 << 10;                // address space: a page costs memory once it is touched
+const size_t STACK = 256 << 10, GAP = 64 << 10;             // of a thread, and below it: address space, memory once it is touched
 const int MOST = 1024;                                      // threads of a block
 #ifdef EMULATE_BLOCKS
 const int SETS = 2;                                         // of fibres: neighbouring blocks take turns, so that nothing orders them
@@ -130,9 +132,9 @@ QUIET static void jump(Fibre& from, Fibre& to) {
 QUIET static void arm(Process& process, int i, void (*entry)()) {
     Fibre& f = fibres[i];
     for (; process.guarded <= (size_t)i; process.guarded++)
-        mprotect(process.stacks + process.guarded * STACK, PAGE, PROT_NONE);        // an overflow must not run into the next stack
-    f.bottom = process.stacks + i * STACK + PAGE;
-    f.size = STACK - PAGE;
+        mprotect(process.stacks + process.guarded * (GAP + STACK), GAP, PROT_NONE);       // an overflow must not reach the next stack
+    f.bottom = process.stacks + i * (GAP + STACK) + GAP;
+    f.size = STACK;
     __asan_unpoison_memory_region(f.bottom, f.size);
     prepare(f, entry);
 #ifdef EMULATE_THREAD
@@ -236,8 +238,8 @@ QUIET static void deadlock() {
         else if (threads[i].state == AT_BARRIER) other = &threads[i];
     unsigned absent = stuck->mask & ~warps[stuck->number / 32].waiting;
     make_current(*stuck);
-    if (other) fail(stuck->line, "deadlock, it waits for lanes %08x of its warp, %s at the barrier in line %d", absent, name(*other), other->line);
-    fail(stuck->line, "deadlock, it waits for lanes %08x of its warp", absent);
+    if (!other) fail(stuck->line, "deadlock, it waits for lanes %08x of its warp", absent);
+    fail(stuck->line, "deadlock, it waits for lanes %08x of its warp, %s at the barrier in line %d", absent, name(*other), other->line);
 }
 
 // The current thread waits or has ended: run the others in the queue until its turn comes.
@@ -276,7 +278,8 @@ QUIET static void life() {                                  // what a fibre does
         if (waiting) fail(0, "it returned while others wait at the barrier in line %d", barrier_line);
         for (unsigned rest = warp.waiting; rest; rest &= rest - 1) {
             Thread& lane = threads[me.number / 32 * 32 + __builtin_ctz(rest)];
-            if (lane.mask >> me.number % 32 & 1) fail(0, "it returned while %s waits for it in line %d, mask %08x", name(lane), lane.line, lane.mask);
+            if (lane.mask >> me.number % 32 & 1)
+                fail(0, "it returned while %s waits for it in line %d, mask %08x", name(lane), lane.line, lane.mask);
         }
         next();
     }
@@ -396,7 +399,9 @@ static inline unsigned __ballot_sync(unsigned mask, int vote, LINE) {
 static inline int __any_sync(unsigned mask, int vote, LINE) { return __ballot_sync(mask, vote, line) != 0; }
 static inline int __all_sync(unsigned mask, int vote, LINE) { return __ballot_sync(mask, !vote, line) == 0; }
 #define REDUCE(name, T, value) \
-    static inline T __reduce_##name##_sync(unsigned mask, T v, LINE) { return cpu::fold(mask, v, line, [](T a, T b) QUIET { return value; }); }
+    static inline T __reduce_##name##_sync(unsigned mask, T v, LINE) { \
+        return cpu::fold(mask, v, line, [](T a, T b) QUIET { return value; }); \
+    }
 REDUCE(add, unsigned, a + b) REDUCE(min, unsigned, a < b ? a : b) REDUCE(max, unsigned, a > b ? a : b)
 REDUCE(add, int, a + b) REDUCE(min, int, a < b ? a : b) REDUCE(max, int, a > b ? a : b)
 REDUCE(and, unsigned, a & b) REDUCE(or, unsigned, a | b) REDUCE(xor, unsigned, a ^ b)
@@ -590,13 +595,14 @@ QUIET static bool copy_in(int n, const Parameter* parameters) {
         arguments[i].bytes = a - arrays;
     }
     for (Array* a = arrays; a < end; a++)
-        for (Array* b = arrays; b < a; b++)
-            if (!(a->constant && b->constant) && a->original < b->original + b->bytes && b->original < a->original + a->bytes)
-                return refuse("argument %d and argument %d overlap", b->argument, a->argument);
+        for (Array* b = arrays; b < a; b++) {
+            bool apart = a->original >= b->original + b->bytes || b->original >= a->original + a->bytes || !a->bytes || !b->bytes;
+            if (!apart && !(a->constant && b->constant)) return refuse("argument %d and argument %d overlap", b->argument, a->argument);
+        }
 #ifndef EMULATE_ADDRESS
     if (room > process.arena_size) {
         __builtin_free(process.arena);
-        process.arena_size = room < KEPT ? 2 * room : room;
+        process.arena_size = room < KEPT / 2 ? 2 * room : room;
         process.arena = (char*)__builtin_malloc(process.arena_size);
         if (!process.arena) return process.arena_size = 0, refuse("no memory for copies of the arrays, %zu bytes", room);
     }
@@ -626,10 +632,12 @@ QUIET static bool copy_out(bool ran) {                      // after a report th
         for (char* p : guards) {
             if (untouched(p)) continue;
             while (*p == -1) p++;
-            ran = refuse("a thread wrote outside argument %d, to byte %lld of %zu (mode 'address' tells where)", a->argument, (long long)(p - a->copy), a->bytes);
+            ran = refuse("a thread wrote outside argument %d, to byte %lld of %zu (mode 'address' tells where)", a->argument,
+                         (long long)(p - a->copy), a->bytes);
         }
 #endif
-        if (a->constant && memcmp(a->copy, a->original, a->bytes)) ran = refuse("a thread changed argument %d, which is const", a->argument);
+        if (a->constant && memcmp(a->copy, a->original, a->bytes))
+            ran = refuse("a thread changed argument %d, which is const", a->argument);
     }
     for (Array* a = arrays; a < end; a++) {
         if (ran && !a->constant) memcpy(a->original, a->copy, a->bytes);
@@ -644,16 +652,17 @@ QUIET static bool copy_out(bool ran) {                      // after a report th
 
 // A crash in a kernel becomes a report.
 QUIET static void crashed(int signal, siginfo_t* info, void* context) {
-    char *at = (char*)info->si_addr, *code = nullptr;
+    char *at = (char*)info->si_addr, *bottom = current->fibre->bottom, *code = nullptr;
 #ifdef __x86_64__
-    code = (char*)((ucontext_t*)context)->uc_mcontext.gregs[REG_RIP];
+    code = (char*)((ucontext_t*)context)->uc_mcontext.gregs[REG_RIP];           // emulate.py makes a line of it
 #endif
-    if (at < current->fibre->bottom && at >= current->fibre->bottom - PAGE) fail(0, "its stack of %zu KB overflows at code %zx", STACK >> 10, code - __ehdr_start);
-    fail(0, "it touches memory at %p, in no array at code %zx", at, code - __ehdr_start);
+    size_t offset = code - __ehdr_start;
+    if (at < bottom && at >= bottom - GAP) fail(0, "its stack of %zu KB overflows at code %zx", STACK >> 10, offset);
+    fail(0, "it touches memory at %p, in no array at code %zx", at, offset);
 }
 
 QUIET static void catch_crashes(bool begin) {
-    static struct sigaction before[2], now;
+    static struct sigaction before[2], now = {};
     static stack_t stack_before;
     const int signals[2] = {SIGSEGV, SIGBUS};
     now.sa_sigaction = crashed;
@@ -696,16 +705,16 @@ QUIET static bool run_block(unsigned k) {
     head = (head + 1) % MOST, queued--;
     jump(home, fibre_for(*current));
 #ifndef EMULATE_ADDRESS
-    if (!*message && !untouched(dynamic + launched->shared)) refuse("a thread of block (%u,%u,%u) wrote past the dynamic shared memory",
-                                                                   blockIdx.x, blockIdx.y, blockIdx.z);
+    if (!*message && !(untouched(dynamic - GUARD) && untouched(dynamic + launched->shared)))
+        refuse("a thread of block (%u,%u,%u) wrote outside the dynamic shared memory", blockIdx.x, blockIdx.y, blockIdx.z);
 #endif
     return !*message;
 }
 
 QUIET static bool run_blocks() {
     size_t blocks = (size_t)gridDim.x * gridDim.y * gridDim.z;
-    int* turn = (int*)__builtin_malloc(blocks * sizeof *turn);
-    if (!turn || blocks > 0x7fffffff) return refuse("no memory for a list of %zu blocks", blocks);
+    int* turn = blocks > 0x7fffffff ? nullptr : (int*)__builtin_malloc(blocks * sizeof *turn);
+    if (!turn) return refuse("no memory for a list of %zu blocks", blocks);
     arrange(turn, blocks);
 #ifdef EMULATE_BLOCKS
     AnnotateBenignRaceSized("", 0, __start_shm, __stop_shm - __start_shm, "shared");
@@ -747,10 +756,11 @@ QUIET static bool run(const Launch* l, int n, const Parameter* parameters, void 
     __asan_unpoison_memory_region(dynamic_room, sizeof dynamic_room);
     fill(dynamic - GUARD, GUARD);
     fill(dynamic + l->shared, GUARD);
+    __asan_poison_memory_region(dynamic_room, GUARD);
     __asan_poison_memory_region(dynamic + l->shared, dynamic_room + sizeof dynamic_room - dynamic - l->shared);
     Process& process = *l->process;
     if (!process.stacks) {
-        void* got = mmap(nullptr, 2 * MOST * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        void* got = mmap(nullptr, 2 * MOST * (GAP + STACK), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (got == MAP_FAILED) return refuse("no address space for %d stacks", 2 * MOST);
         process.stacks = (char*)got;
         process.signal_stack = (char*)__builtin_malloc(64 << 10);
@@ -790,11 +800,13 @@ template <class... A, void (*kernel)(A...)> struct Kernel<kernel> {
     QUIET static void call(const Slot* slots) { each(slots, typename Upto<n>::type()); }
 };
 
-QUIET static const char* signature(const Parameter* parameters, int n) {        // such as "pointer const f4,pointer f4,i4,"
+QUIET static const char* signature(int n, const Parameter* parameters) {        // such as "pointer const f4,pointer f4,i4,"
     char* at = message;
     *at = 0;
-    for (const Parameter* p = parameters; p < parameters + n; p++)
-        at += snprintf(at, message + sizeof message - at, "%s%s%c%d,", p->pointer ? "pointer " : "", p->constant ? "const " : "", p->kind, p->size);
+    for (int i = 0; i < n; i++) {
+        const Parameter& p = parameters[i];
+        at += sprintf(at, "%s%s%c%d,", p.pointer ? "pointer " : "", p.constant ? "const " : "", p.kind, p.size);
+    }
     return message;
 }
 
@@ -802,8 +814,10 @@ QUIET static const char* signature(const Parameter* parameters, int n) {        
 
 #define VISIBLE extern "C" __attribute__((visibility("default")))
 #define EXPORT(name) \
-    VISIBLE int launch_##name(const cpu::Launch* l) { return cpu::run(l, cpu::Kernel<name>::n, cpu::Kernel<name>::parameters, cpu::Kernel<name>::call); } \
-    VISIBLE const char* signature_##name() { return cpu::signature(cpu::Kernel<name>::parameters, cpu::Kernel<name>::n); }
+    VISIBLE bool launch_##name(const cpu::Launch* l) { \
+        return cpu::run(l, cpu::Kernel<name>::n, cpu::Kernel<name>::parameters, cpu::Kernel<name>::call); \
+    } \
+    VISIBLE const char* signature_##name() { return cpu::signature(cpu::Kernel<name>::n, cpu::Kernel<name>::parameters); }
 VISIBLE const char* report() { return cpu::message; }
 
 // ---- g++'s own checks ---------------------------------------------------------------------------------------------------------------
@@ -813,13 +827,17 @@ namespace cpu {
 struct Place { const char* file; unsigned line, column; };
 struct Type { unsigned short kind, info; char name[]; };
 struct Access { Place place; const Type* type; unsigned char log2_alignment, kind; };
-struct Bounds { Place place; const Type *array, *index; };
+struct Operands { Place place; const Type *left, *right; };
 }
 #define HANDLER(name, ...) extern "C" __attribute__((visibility("hidden"))) QUIET void __ubsan_handle_##name(__VA_ARGS__)
 HANDLER(type_mismatch_v1, cpu::Access* a, size_t address) {
     if (!address) cpu::fail(a->place.line, "it uses a null pointer to %s", a->type->name);
     cpu::fail(a->place.line, "address %#zx of %s must be a multiple of %d", address, a->type->name, 1 << a->log2_alignment);
 }
-HANDLER(out_of_bounds, cpu::Bounds* b, size_t index) { cpu::fail(b->place.line, "index %lld lies outside %s", (long long)index, b->array->name); }
-HANDLER(shift_out_of_bounds, cpu::Place* p, size_t, size_t by) { cpu::fail(p->line, "it shifts by %lld bits", (long long)by); }
-HANDLER(divrem_overflow, cpu::Place* p, size_t, size_t) { cpu::fail(p->line, "it divides an integer by 0"); }
+HANDLER(out_of_bounds, cpu::Operands* o, long long index) { cpu::fail(o->place.line, "index %lld lies outside %s", index, o->left->name); }
+HANDLER(shift_out_of_bounds, cpu::Operands* o, size_t, long long by) {
+    cpu::fail(o->place.line, "it shifts %s by %lld bits", o->left->name, by);
+}
+HANDLER(divrem_overflow, cpu::Place* place, size_t, size_t) { cpu::fail(place->line, "it divides an integer by 0"); }
+#undef HANDLER
+#undef QUIET

@@ -31,8 +31,8 @@ def by_definition(anchors, boxes, one):
 
 
 def run(backend, anchors, boxes, **options):
-    with use(backend) as put:
-        return assign.best(put(anchors), put(boxes), **options)
+    with use(backend):
+        return assign.best(anchors, boxes, **options)                   # on the host
 
 
 def assert_same(found, expected):
@@ -137,6 +137,12 @@ def test_numba_never_holds_the_matrix():
     finally:
         tracemalloc.stop()
     assert most < 4 * anchors.nbytes                                # 3 MB; the matrix would take 20
+
+
+@pytest.mark.parametrize("backend", [p for p in BACKENDS if p.values[0] == "cuda"])
+def test_arrays_on_a_gpu_are_refused(backend):
+    with use(backend) as put, pytest.raises(TypeError, match="assign: this op works on the host"):
+        assign.best(put(np.zeros((2, 4))), put(np.zeros((2, 4))))
 
 
 @pytest.mark.parametrize("change, error, message", [

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
 from conftest import BACKENDS, random_boxes, seeds
-from tinydet import to_numpy, use
+from tinydet import use
 from tinydet.ops.merge import MATCHES, MODES, merge
 
 
@@ -39,8 +39,8 @@ def by_definition(boxes, scores, t, mode, match):
 
 
 def run(backend, boxes, scores, *args, **options):
-    with use(backend) as put:
-        return [to_numpy(a) for a in merge(put(boxes), put(scores), *args, **options)]
+    with use(backend):
+        return merge(boxes, scores, *args, **options)                       # on the host
 
 
 def cluster(seed, n=14, groups=3):
@@ -168,6 +168,12 @@ def test_empty_one_float32_and_transposed(backend):
         assert_allclose(b, a, rtol=1e-5)
     assert small[0].dtype == small[1].dtype == np.float32
     assert_array_equal(boxes, cluster(0)[0])                                # the input stays whole
+
+
+@pytest.mark.parametrize("backend", [p for p in BACKENDS if p.values[0] == "cuda"])
+def test_arrays_on_a_gpu_are_refused(backend):
+    with use(backend) as put, pytest.raises(TypeError, match="merge: this op works on the host"):
+        merge(put(np.zeros((2, 4))), put(np.zeros(2)))
 
 
 @pytest.mark.parametrize("change, error, message", [

@@ -4,8 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
-from conftest import BACKENDS, random_boxes, seeds
-from tinydet import to_numpy, use
+from conftest import BACKENDS, RUNNING, random_boxes, seeds
+from tinydet import emulate, to_numpy, use
+from tinydet.ops import nms as nms_op
 from tinydet.ops.boxes import iou
 from tinydet.ops.nms import nms
 
@@ -34,6 +35,8 @@ def by_definition(boxes, scores, threshold, inclusive=False, plus_one=False, gro
 
 def run(backend, boxes, scores, *args, **options):
     with use(backend) as put:
+        if options.get("groups") is not None:
+            options["groups"] = put(options["groups"])
         return to_numpy(nms(put(boxes), put(scores), *args, **options))
 
 
@@ -128,9 +131,9 @@ def test_block_borders(n):
     boxes, scores = crowd(n)
     groups = np.random.default_rng(1).integers(-2, 3, n)
     expected, grouped = by_definition(boxes, scores, 0.5), by_definition(boxes, scores, 0.5, groups=groups)
-    for backend in BACKENDS:
-        assert run(backend, boxes, scores, 0.5).tolist() == expected
-        assert run(backend, boxes, scores, 0.5, groups=groups).tolist() == grouped
+    for backend in RUNNING:
+        assert run(backend, boxes, scores, 0.5).tolist() == expected, backend
+        assert run(backend, boxes, scores, 0.5, groups=groups).tolist() == grouped, backend
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -182,6 +185,79 @@ def test_numba_equals_numpy_in_float32_at_the_threshold_and_transposed():
                            run("numba", t, scores, float(threshold), groups=groups))
 
 
+# The kernels
+
+KERNELS = [p for p in BACKENDS if p.values[0] in ("emulated", "cuda")]
+needs_emulator = pytest.mark.skipif("emulated" not in RUNNING, reason="needs g++")
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_kernels_equal_numpy_where_the_last_bit_decides(backend, dtype):
+    """Coordinates in tenths of a pixel, thresholds that are IoUs of pairs, also transposed."""
+    rng = np.random.default_rng(0)
+    corner = rng.integers(0, 2000, (200, 2))
+    boxes = (np.concatenate([corner, corner + rng.integers(100, 400, (200, 2))], 1) / 10).astype(dtype)
+    boxes, scores, groups = np.concatenate([boxes, boxes + dtype(0.7)]), rng.integers(0, 150, 400).astype(dtype), rng.integers(0, 2, 400)
+    turned = np.ascontiguousarray(boxes.T).T
+    for plus_one in (False, True):
+        overlap = np.unique(iou(boxes[:200], boxes[200:], plus_one))
+        for threshold in (0, *overlap[len(overlap) // 2::len(overlap) // 8]):
+            for inclusive, names in ((False, None), (True, groups)):
+                expected = run("numpy", boxes, scores, float(threshold), inclusive, plus_one, groups=names)
+                assert_array_equal(run(backend, turned, scores, float(threshold), inclusive, plus_one, groups=names), expected, strict=True)
+                assert_array_equal(run(backend, boxes, scores, float(threshold), inclusive, plus_one, 70, groups=names), expected[:70])
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_more_words_than_a_small_block_reduces(backend):
+    boxes, scores = crowd(4200)
+    boxes *= 8                                                              # over 2000 stay
+    boxes = boxes[:, [0, 1, 0, 1]] + np.array([0, 0, 30, 30])
+    expected = run("numba", boxes, scores, 0.5)
+    assert len(expected) > 1000
+    assert_array_equal(run(backend, boxes, scores, 0.5), expected)
+    assert_array_equal(run(backend, boxes, scores, 0.5, limit=900), expected[:900])
+
+
+@needs_emulator
+@pytest.mark.parametrize("order", ["reverse", "random"])
+def test_any_order_of_threads_gives_the_same(order):
+    (boxes, scores), groups = crowd(200), np.arange(200) % 2
+    with emulate.options(order=order, seed=3):
+        assert_array_equal(run("emulated", boxes, scores, 0.3, groups=groups), run("numpy", boxes, scores, 0.3, groups=groups))
+
+
+@needs_emulator
+@pytest.mark.parametrize("at", [0, 62, 65, 99])
+@pytest.mark.parametrize("what, value, message", [
+    ("boxes", np.nan, "boxes must be finite"), ("boxes", -np.inf, "boxes must be finite"),
+    ("scores", np.nan, "scores must be finite"), ("scores", np.inf, "scores must be finite"),
+    ("area", (1.1e19, 1.1e19), r"boxes must have areas that float32 holds, got a box of 1\.1e\+19"),
+    ("area", (6e37, 0.1), r"boxes must have areas that float32 holds, got a box of 6e\+37")])
+def test_the_kernel_finds_values_that_are_not_allowed(at, what, value, message):
+    """On a GPU the checks before the launch skip them. Areas that may be, just, are passed."""
+    boxes, scores = crowd(100, dtype=np.float32)
+    boxes[1] = [0, 0, 1e18, 1e18]
+    arguments = np.zeros(100, np.int64), np.float32(0.5), False, np.float32(0), 100
+    with use("emulated"):
+        assert_array_equal(nms_op._nms_cuda(boxes, scores, *arguments), run("numpy", boxes, scores, 0.5))
+        if what == "area":
+            boxes[at] = 0, 0, *value
+        else:
+            dict(boxes=boxes[:, at % 4], scores=scores)[what][at] = value
+        with pytest.raises(ValueError, match=r"^nms\.nms: " + message):
+            nms_op._nms_cuda(boxes, scores, *arguments)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_more_boxes_than_a_mask_may_have_are_refused(backend, monkeypatch):
+    monkeypatch.setattr(nms_op, "MOST", 100)
+    assert len(run(backend, *crowd(100), 1)) == 100
+    with pytest.raises(ValueError, match=r"^nms\.nms: on a GPU there must be at most 100 boxes, got 101: keep the best by score before"):
+        run(backend, *crowd(101), 1)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @given(seed=seeds, threshold=st.sampled_from([0.1, 0.3, 0.5, 0.7]))
 def test_properties(backend, seed, threshold):
@@ -219,7 +295,7 @@ def test_limit_empty_one_and_boxes_without_area(backend):
 def test_arguments_stay_whole():
     (boxes, scores), groups = crowd(20), np.arange(20) % 3
     before = boxes.copy(), scores.copy(), groups.copy()
-    for backend in BACKENDS:
+    for backend in RUNNING:
         run(backend, boxes, scores, 0.5, groups=groups)
     for now, then in zip((boxes, scores, groups), before, strict=True):
         assert_array_equal(now, then)

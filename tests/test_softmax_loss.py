@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
-from conftest import BACKENDS, seeds
-from tinydet import to_numpy, use
+from conftest import BACKENDS, RUNNING, seeds
+from tinydet import emulate, to_numpy, use
 from tinydet.gradcheck import check_loss
 from tinydet.ops import softmax_loss
 
@@ -16,6 +16,14 @@ from tinydet.ops import softmax_loss
 def by_definition(x, labels):
     losses = [-math.log(math.exp(row[k]) / math.fsum(map(math.exp, row))) for row, k in zip(x.tolist(), labels) if k >= 0]
     return math.fsum(losses) / len(losses) if losses else 0.0
+
+
+def run(backend, x, labels):
+    """Value and gradient, on the host."""
+    with use(backend) as put:
+        value, dx = softmax_loss.loss(put(x), put(labels))
+    assert type(value) is float or backend == "cuda" and value.shape == () and value.dtype == np.float64
+    return float(to_numpy(value)), to_numpy(dx)
 
 
 @st.composite
@@ -30,10 +38,8 @@ def cases(draw, min_label=-1):
 def test_value_and_softmax_are_the_definition(backend, case):
     x, labels = case
     with use(backend) as put:
-        value, _ = softmax_loss.loss(put(x), put(labels))
         p = to_numpy(softmax_loss.softmax(put(x)))
-    assert isinstance(value, float)
-    assert_allclose(value, by_definition(x, labels), rtol=1e-12, atol=1e-12)
+    assert_allclose(run(backend, x, labels)[0], by_definition(x, labels), rtol=1e-12, atol=1e-12)
     for row, q in zip(x, p):
         assert_allclose(q, [math.exp(a) / sum(math.exp(b) for b in row) for a in row], rtol=1e-12)
 
@@ -46,11 +52,12 @@ def test_gradient(backend, case):
         check_loss(lambda x: softmax_loss.loss(x, put(labels)), [x], put=put)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @given(case=cases(min_label=0), shift=st.sampled_from([-1e4, 3.0, 1e4]))
-def test_a_shift_changes_nothing_and_nothing_overflows(case, shift):
+def test_a_shift_changes_nothing_and_nothing_overflows(backend, case, shift):
     x, labels = case
-    value, dx = softmax_loss.loss(x, labels)
-    shifted, dshifted = softmax_loss.loss(x + shift, labels)
+    value, dx = run(backend, x, labels)
+    shifted, dshifted = run(backend, x + shift, labels)
     assert_allclose(shifted, value, atol=1e-10)
     assert_allclose(dshifted, dx, atol=1e-10)
     assert_allclose(dx.sum(1), 0, atol=1e-12)
@@ -59,13 +66,12 @@ def test_a_shift_changes_nothing_and_nothing_overflows(case, shift):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_far_logits(backend):
     for dtype in (np.float32, np.float64):
-        with use(backend) as put:
-            value, dx = softmax_loss.loss(put(np.array([[1000, -1000], [-1000, 1000]], dtype)), put(np.array([0, 0])))
-            assert value == 1000
-            assert_array_equal(to_numpy(dx), np.array([[0, 0], [-0.5, 0.5]], dtype), strict=True)
-            value, dx = softmax_loss.loss(put(np.array([[0, -np.inf, 0, -1e30]], dtype)), put(np.array([2])))     # classes left out
-            assert_allclose(value, math.log(2), rtol=1e-6)
-            assert_array_equal(to_numpy(dx), np.array([[0.5, 0, -0.5, 0]], dtype), strict=True)
+        value, dx = run(backend, np.array([[1000, -1000], [-1000, 1000]], dtype), np.array([0, 0]))
+        assert value == 1000
+        assert_array_equal(dx, np.array([[0, 0], [-0.5, 0.5]], dtype), strict=True)
+        value, dx = run(backend, np.array([[0, -np.inf, 0, -1e30]], dtype), np.array([2]))                        # classes left out
+        assert_allclose(value, math.log(2), rtol=1e-6)
+        assert_array_equal(dx, np.array([[0.5, 0, -0.5, 0]], dtype), strict=True)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -99,41 +105,87 @@ def test_backends_agree_over_many_rows_and_threads_change_no_bit(all_threads):
 @pytest.mark.parametrize("row", [[np.nan, 1], [1, np.nan], [-np.inf, -np.inf], [np.inf, 0]])
 @pytest.mark.filterwarnings("ignore:invalid value")
 def test_what_has_no_softmax_gives_nan_and_spoils_no_other_row(backend, row):
+    value, dx = run(backend, np.array([row, [0, 0]]), np.array([1, 0]))
+    assert math.isnan(value) and np.isnan(dx[0]).all()
+    assert_array_equal(dx[1], [-0.25, 0.25])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_softmax_of_far_logits(backend):
     with use(backend) as put:
-        value, dx = softmax_loss.loss(put(np.array([row, [0, 0]])), put(np.array([1, 0])))
-    assert math.isnan(value) and np.isnan(to_numpy(dx)[0]).all()
-    assert_array_equal(to_numpy(dx)[1], [-0.25, 0.25])
-
-
-def test_softmax_of_far_logits():
-    p = softmax_loss.softmax(np.array([[1000.0, -1000, 1000 - np.log(3)], [-1000, -1000, -1000]]))
+        p = to_numpy(softmax_loss.softmax(put(np.array([[1000.0, -1000, 1000 - np.log(3)], [-1000, -1000, -1000]]))))
     assert_allclose(p, [[0.75, 0, 0.25], [1 / 3, 1 / 3, 1 / 3]], rtol=1e-12)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @given(case=cases())
-def test_an_ignored_row_counts_in_nothing(case):
+def test_an_ignored_row_counts_in_nothing(backend, case):
     x, labels = case
-    value, dx = softmax_loss.loss(x, labels)
+    value, dx = run(backend, x, labels)
     kept = labels >= 0
-    alone, dalone = softmax_loss.loss(x[kept], labels[kept])
+    alone, dalone = run(backend, x[kept], labels[kept])
     assert value == alone
     assert_array_equal(dx[kept], dalone)
     assert_array_equal(dx[~kept], 0)
     x[~kept] = np.nan                                       # not even what it holds
-    assert softmax_loss.loss(x, labels)[0] == value
+    assert run(backend, x, labels)[0] == value
 
 
-def test_float32_transposed_empty_and_nan():
+# The kernel
+
+KERNELS = [p for p in BACKENDS if p.values[0] in ("emulated", "cuda")]
+needs_emulator = pytest.mark.skipif("emulated" not in RUNNING, reason="needs g++")
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("R, K", [(1, 1), (7, 31), (8, 32), (9, 33), (255, 21), (256, 2), (257, 3), (3, 1000)])
+def test_kernel_agrees_with_float64_at_block_borders_and_strided(backend, R, K):
+    rng = np.random.default_rng(R)
+    x, labels = 3 * rng.standard_normal((K, R)).T, np.repeat(rng.integers(-1, K, R), 2)[::2].astype(np.int32)
+    labels[:1] = K - 1
+    value, dx = run("numpy", x, labels)
+    for dtype, bound in ((np.float64, 1e-12), (np.float32, 1e-5)):
+        found, dfound = run(backend, x.astype(dtype), labels)
+        assert dfound.dtype == dtype and abs(found - value) <= bound * abs(value) + 1e-15
+        assert np.linalg.norm(dfound - dx) <= bound * np.linalg.norm(dx)
+
+
+@needs_emulator
+def test_any_order_of_threads_gives_the_same_bits():
+    rng = np.random.default_rng(0)
+    x, labels = 3 * rng.standard_normal((50, 40)).astype(np.float32), rng.integers(-1, 40, 50)
+    value, dx = run("emulated", x, labels)
+    for order in ("reverse", "random"):
+        with emulate.options(order=order, seed=1):
+            again, dagain = run("emulated", x, labels)
+        assert again == value
+        assert_array_equal(dagain, dx)
+
+
+@needs_emulator
+@pytest.mark.parametrize("label", [-2, 3, 2**32, -2**63])
+def test_the_kernel_makes_nan_of_a_label_out_of_range_and_of_its_row(label):
+    """On a GPU nothing looks at the labels before."""
+    with use("emulated"):
+        value, dx = softmax_loss._loss_cuda(np.zeros((2, 3)), np.array([label, 0]))
+    assert math.isnan(value) and np.isnan(dx[0]).all()
+    assert_allclose(dx[1], [-1 / 3, 1 / 6, 1 / 6], rtol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float32_transposed_empty_and_nan(backend):
     x = np.random.default_rng(0).standard_normal((3, 5))
     labels = np.array([0, 1, 2, -1, 1], np.int8)
-    value, dx = softmax_loss.loss(x.T, labels)
-    value32, dx32 = softmax_loss.loss(x.T.astype(np.float32), labels)
+    value, dx = run(backend, x.T, labels)
+    value32, dx32 = run(backend, x.T.astype(np.float32), labels)
     assert dx32.dtype == np.float32
     assert_allclose(value32, value, rtol=1e-6)
     assert_allclose(dx32, dx, atol=1e-6)
-    value, dx = softmax_loss.loss(np.zeros((0, 3)), np.zeros(0, int))
+    value, dx = run(backend, np.zeros((0, 3)), np.zeros(0, int))
     assert value == 0.0 and dx.shape == (0, 3)
-    assert math.isnan(softmax_loss.loss(np.array([[np.nan, 1]]), np.array([1]))[0])
+    value, dx = run(backend, np.zeros((2, 3)), np.full(2, -1))
+    assert value == 0.0 and not dx.any()
+    assert math.isnan(run(backend, np.array([[np.nan, 1]]), np.array([1]))[0])
 
 
 @pytest.mark.parametrize("x, labels, error, message", [

@@ -1,10 +1,12 @@
 """Optimisers (SGD with momentum, AdaGrad), gradient clipping and learning-rate schedules."""
+import functools
 import math
 
 import numpy as np
 from numba import njit, prange
 
-from tinydet.backend import pick
+from tinydet import checks, cuda
+from tinydet.backend import array_module, pick, scalar, to_numpy
 
 FORMS = ("plain", "caffe")
 
@@ -22,6 +24,8 @@ class Optimizer:
     Raises ValueError for settings out of range, for unknown names in rates, for lr unless it is finite and >= 0, and for a
     parameter that was frozen when the optimiser was made and trains now; FloatingPointError naming the parameter if a gradient
     is not finite. Nothing is updated then.
+    On a GPU step waits for nothing, so it cannot raise that: a kernel notes the first such parameter in `trouble`, and as long as it
+    is noted nothing is updated and no gradient of a trained parameter is cleared, in this step and those after. check() raises.
     """
 
     def __init__(self, layer, weight_decay, decay_all, rates, clip):
@@ -36,6 +40,8 @@ class Optimizer:
         for name, rate in self.rates.items():
             self._check(f"the rate of {name} must be finite and >= 0", rate, 0 <= rate < math.inf)
         self.state = {name: self._start(w) for name, w in layer.trained.items()}
+        xp = array_module(next(iter(layer.trained.values()), None))
+        self.trouble = xp.zeros(1, np.int32)                        # 1 + place, in state, of the first parameter of a bad gradient
 
     def step(self, lr):
         op, trained = f"{type(self).__name__}.step", self.layer.trained
@@ -48,15 +54,31 @@ class Optimizer:
         grads = {name: self.layer.grads[name] for name in trained}
         if self.clip is not None:
             clip_norm(grads, self.clip)
-        for name, g in grads.items():
-            decay = self._decay(trained[name])
-            if wrong := self._unusable(trained[name], g, self.state[name], decay):
-                raise FloatingPointError(f"{op}: the gradient of {name} is {wrong}: lower the learning rate or check the data")
+        for place, name in enumerate(self.state, 1):
+            if name in trained:
+                self._note(place, trained[name], grads[name], self.state[name], self._decay(trained[name]))
+        if checks.on_host(self.trouble):
+            self.check()
         for name, w in trained.items():
             self._update(w, grads[name], self.state[name], float(lr * self.rates[name]), self._decay(w))
         for name, g in self.layer.grads.items():
             if name not in trained:
                 g[...] = 0
+
+    def check(self):
+        """Raise the FloatingPointError of a step on a GPU, which waits until it is done: call this where the loss is read, too.
+
+        On the host step has raised it already. The next step starts afresh.
+        """
+        place = int(to_numpy(self.trouble)[0])
+        if not place:
+            return
+        self.trouble[...] = 0
+        name = list(self.state)[place - 1]
+        w, g, state = (to_numpy(arrays[name]) for arrays in (self.layer.params, self.layer.grads, self.state))
+        wrong = self._unusable(w, g, state, self._decay(w)) or "not finite"         # unless someone has cleared it since
+        raise FloatingPointError(f"{type(self).__name__}.step: the gradient of {name} is {wrong}: "
+                                 "lower the learning rate or check the data")
 
     def _check(self, rule, value, holds):
         if not holds:
@@ -64,14 +86,25 @@ class Optimizer:
 
     def _start(self, w):
         """The state of parameter w before the first step."""
-        return np.zeros_like(w)
+        return array_module(w).zeros_like(w)
 
     def _decay(self, w):
         return self.weight_decay if w.ndim > 1 or self.decay_all else 0
 
     def _unusable(self, w, g, state, decay):
-        """What is wrong with the gradient g of parameter w, or None."""
+        """What is wrong with the gradient g of parameter w, on the host; None if nothing is."""
         return _not_finite(g)
+
+    def _note(self, place, w, g, state, decay):
+        """Set trouble to place, unless it is set, if the gradient g of parameter w cannot be used."""
+        pick(g, numpy=self._note_host, cuda=self._note_cuda)(place, w, g, state, decay)
+
+    def _note_host(self, place, w, g, state, decay):
+        if not self.trouble[0] and self._unusable(w, g, state, decay):
+            self.trouble[0] = place
+
+    def _note_cuda(self, place, w, g, state, decay):
+        cuda.launch("sgd.cu", "sgd_check", (array_module(g).ascontiguousarray(g), self.trouble, g.size, place), threads=g.size)
 
     @property
     def kind(self):
@@ -79,7 +112,7 @@ class Optimizer:
         return type(self).__name__
 
     def _update(self, w, g, state, lr, decay):
-        """One step of parameter w and its state, in place; then g = 0."""
+        """One step of parameter w and its state, in place; then g = 0. On a GPU: unless trouble is noted."""
         raise NotImplementedError
 
 
@@ -101,7 +134,8 @@ class SGD(Optimizer):
     kind = property(lambda self: f"SGD {self.form}")
 
     def _update(self, w, g, v, lr, decay):
-        pick(w, numpy=_sgd_numpy, numba=_sgd_numba, cuda=_sgd_numpy)(w, g, v, self.momentum, lr, decay, self.form == "caffe")
+        run = pick(w, numpy=_sgd_numpy, numba=_sgd_numba, cuda=functools.partial(_sgd_cuda, self.trouble))
+        run(w, g, v, self.momentum, lr, decay, self.form == "caffe")
 
 
 class AdaGrad(Optimizer):
@@ -111,7 +145,7 @@ class AdaGrad(Optimizer):
     m starts at `initial`, 1e-10 in the authors' code, and counts the present gradient: the first step is lr * sign(d) unless d is
     tiny. That code decays weights and biases alike (5e-4): hence decay_all. `state` holds m; initial lies in [1e-30, 1e30].
     Options and errors: see Optimizer. Where m would overflow, the gradient is refused like one that is not finite: m would stay
-    infinite and the parameter stand still.
+    infinite and the parameter stand still. On a GPU array code serves: about 25 launches a parameter.
     """
 
     def __init__(self, layer, weight_decay=0.0, decay_all=True, *, initial=1e-10, rates=None, clip=None):
@@ -120,17 +154,20 @@ class AdaGrad(Optimizer):
         super().__init__(layer, weight_decay, decay_all, rates, clip)
 
     def _start(self, w):
-        return np.full_like(w, self.initial)
+        return array_module(w).full_like(w, self.initial)
 
     def _unusable(self, w, g, m, decay):
         with np.errstate(over="ignore", invalid="ignore"):
             return _not_finite(g) or (None if np.isfinite(m + (g + decay * w) ** 2).all() else "too large to square and add up")
 
+    def _note_cuda(self, place, w, g, m, decay):
+        xp = array_module(w)
+        with np.errstate(over="ignore", invalid="ignore"):
+            usable = xp.isfinite(m + (g + decay * w) ** 2).all()                # nor is it where g is not
+        self.trouble[...] = xp.where(usable | (self.trouble > 0), self.trouble, place)
+
     def _update(self, w, g, m, lr, decay):
-        d = g + decay * w
-        m += d * d
-        w -= lr * d / np.sqrt(m)
-        g[...] = 0
+        pick(w, numpy=_adagrad_numpy, cuda=functools.partial(_adagrad_cuda, self.trouble))(w, g, m, lr, decay)
 
 
 def clip_norm(grads, limit):
@@ -139,27 +176,25 @@ def clip_norm(grads, limit):
     norm = sqrt(sum of g^2 over all arrays), added up in float64 after division by the largest |g|, so that no square overflows
     or vanishes; if norm > limit: g = g * limit / norm, else they keep their bits.
     grads: mapping of name to array. No gradients, or none but zeros: 0.0. Raises ValueError unless limit > 0,
-    FloatingPointError naming a gradient that is not finite; nothing is scaled then.
+    FloatingPointError naming a gradient that is not finite; nothing is scaled then. On a GPU array code serves, about 12 launches an
+    array: the norm is a 0-d float64 array there, and NaN, not an error, for gradients that are not finite (the optimisers raise it).
     """
     _positive("optim.clip_norm", limit)
     _refuse("optim.clip_norm", grads)
-    largest = max((float(np.abs(g).max(initial=0)) for g in grads.values()), default=0.0)
-    if largest == 0:
-        return 0.0
-    root = math.sqrt(sum(float(np.square(g.astype(np.float64) / largest).sum()) for g in grads.values()))
-    if largest * root > limit:
-        for g in grads.values():
-            g[...] = g.astype(np.float64) / largest * (limit / root)
-    return largest * root
+    arrays = [g for g in grads.values() if g.size]
+    return pick(arrays[0], numpy=_clip_norm_numpy, cuda=_clip_norm_cuda)(arrays, limit) if arrays else 0.0
 
 
 def clip_value(grads, limit):
-    """Cut every element of the gradients at -limit and limit, in place. Arguments and errors as in clip_norm."""
+    """Cut every element of the gradients at -limit and limit, in place. Arguments and errors as in clip_norm.
+
+    On a GPU array code serves, four launches an array; what is not finite stays there, for the optimisers to find.
+    """
     _positive("optim.clip_value", limit)
     _refuse("optim.clip_value", grads)
     for g in grads.values():
         bound = min(limit, float(np.finfo(g.dtype).max))
-        g.clip(-bound, bound, out=g)
+        pick(g, numpy=_clip_value_numpy, cuda=_clip_value_cuda)(g, bound)
 
 
 def _positive(op, limit):
@@ -168,14 +203,14 @@ def _positive(op, limit):
 
 
 def _not_finite(g):
-    return None if pick(g, numpy=_finite_numpy, numba=_finite_numba, cuda=_finite_numpy)(g) else "not finite"
+    return None if pick(g, numpy=_finite_numpy, numba=_finite_numba)(g) else "not finite"
 
 
 def _refuse(op, grads):
     for name, g in grads.items():
         if g.dtype.kind != "f":
             raise TypeError(f"{op}: the gradient of {name} must be a float array, got {g.dtype}")
-        if wrong := _not_finite(g):
+        if checks.on_host(g) and (wrong := _not_finite(g)):
             raise FloatingPointError(f"{op}: the gradient of {name} is {wrong}: lower the learning rate or check the data")
 
 
@@ -219,6 +254,28 @@ def _sgd_numpy(w, g, v, momentum, lr, decay, caffe):
 
 def _finite_numpy(g):
     return bool(np.isfinite(g).all())
+
+
+def _adagrad_numpy(w, g, m, lr, decay):
+    d = g + decay * w
+    m += d * d
+    w -= lr * d / np.sqrt(m)
+    g[...] = 0
+
+
+def _clip_value_numpy(g, bound):
+    g.clip(-bound, bound, out=g)
+
+
+def _clip_norm_numpy(grads, limit):
+    largest = max(float(np.abs(g).max()) for g in grads)
+    if largest == 0:
+        return 0.0
+    root = math.sqrt(sum(float(np.square(g.astype(np.float64) / largest).sum()) for g in grads))
+    if largest * root > limit:
+        for g in grads:
+            g[...] = g.astype(np.float64) / largest * (limit / root)
+    return largest * root
 
 
 # Numba: one pass over memory each, the same bits; threads from PART numbers on
@@ -280,3 +337,40 @@ def _finite_parts(g):
     for part in prange(-(-len(g) // PART)):
         wrong += not _finite(g[part * PART:(part + 1) * PART])
     return wrong == 0
+
+
+# CUDA: kernels/sgd.cu, two launches a parameter; the rest by array code that never asks for a number
+
+def _sgd_cuda(trouble, w, g, v, momentum, lr, decay, caffe):
+    given, arrays = (w, g, v), [array_module(w).ascontiguousarray(a) for a in (w, g, v)]
+    cuda.launch("sgd.cu", "sgd_step", (*arrays, trouble, w.size, momentum, lr, decay, caffe), threads=w.size)
+    for a, b in zip(given, arrays):
+        if not a.flags.c_contiguous:
+            a[...] = b
+
+
+def _adagrad_cuda(trouble, w, g, m, lr, decay):
+    xp, go = array_module(w), trouble == 0
+    with np.errstate(all="ignore"):
+        d = g + decay * w
+        m += xp.where(go, d * d, 0)
+        w -= xp.where(go, lr * d / xp.sqrt(m), 0)
+    g[...] = xp.where(go, 0, g)
+
+
+def _clip_value_cuda(g, bound):
+    xp = array_module(g)
+    g[...] = xp.where(xp.isfinite(g), g.clip(-bound, bound), g)
+
+
+def _clip_norm_cuda(grads, limit):
+    xp = array_module(grads[0])
+    with np.errstate(all="ignore"):
+        largest = xp.stack([abs(g).max().astype(np.float64) for g in grads]).max()
+        unit = xp.where(largest > 0, largest, 1)
+        root = xp.sqrt(xp.stack([xp.square(g.astype(np.float64) / unit).sum() for g in grads]).sum())      # NaN if any number is none
+        norm, factor = largest * root, limit / root
+        over = norm > limit
+        for g in grads:
+            g[...] = xp.where(over, g.astype(np.float64) / unit * factor, g)
+    return scalar(norm)

@@ -18,8 +18,10 @@ def best(anchors, boxes, plus_one=False):
     Numba never holds the (M, R) matrix: its memory grows with M + R * M / 2048. Any number of threads gives the same.
     Ties: the first box, the first anchor, also where all IoUs are 0. With no boxes box is -1 and iou 0, with no anchors
     anchor is -1 and anchor_iou 0.
-    Raises ValueError for NaN, infinity, shapes and areas that the dtype does not hold; TypeError for dtypes.
+    Works on the host: anchors and annotations lie there.
+    Raises ValueError for NaN, infinity, shapes and areas that the dtype does not hold; TypeError for dtypes and for arrays on a GPU.
     """
+    run = pick(anchors, numpy=_best_numpy, numba=_best_numba)
     checks.float_array("assign.best", "anchors", anchors, "(M, 4)")
     checks.float_array("assign.best", "boxes", boxes, "(R, 4)")
     checks.same_dtype("assign.best", anchors=anchors, boxes=boxes)
@@ -28,7 +30,6 @@ def best(anchors, boxes, plus_one=False):
     if len(anchors) == 0 or len(boxes) == 0:
         shapes = len(anchors), len(boxes)
         return tuple(np.full(n, value, dtype) for n in shapes for value, dtype in ((-1, np.int64), (0, anchors.dtype)))
-    run = pick(anchors, numpy=_best_numpy, numba=_best_numba)
     return run(anchors, boxes, plus_one)
 
 

@@ -16,10 +16,12 @@ def box_voting(kept_boxes, boxes, scores, threshold=0.5, kept_groups=None, group
     kept_boxes: (R, 4), boxes: (P, 4), scores: (P,) >= 0, one float dtype; worked and added up in float64, in order of index.
     kept_groups: (R,), groups: (P,), integers (classes, images), both or neither. plus_one: inclusive pixels (boxes.py).
     Returns (R, 4), the input's dtype. A kept box without a voter, or whose voters weigh 0 in all, stays as it is.
+    Works on the host, on detections after their copy there: they are few.
     Raises ValueError for NaN, infinity, negative scores, shapes, a threshold outside [0, 1], groups on one side only; TypeError
-    for dtypes.
+    for dtypes and for arrays on a GPU.
     """
     op = "box_voting.box_voting"
+    run = pick(boxes, numpy=_vote_numpy, numba=_vote_numba)
     checks.float_array(op, "kept_boxes", kept_boxes, "(R, 4)")
     checks.float_array(op, "boxes", boxes, "(P, 4)")
     checks.float_array(op, "scores", scores, f"({len(boxes)},)")
@@ -36,9 +38,8 @@ def box_voting(kept_boxes, boxes, scores, threshold=0.5, kept_groups=None, group
     if (kept_groups is None) != (groups is None):
         only = "groups" if kept_groups is None else "kept_groups"
         raise ValueError(f"{op}: kept_groups and groups must be given together, got only {only}")
-    kept_groups = as_groups(op, "kept_groups", kept_groups, len(kept_boxes))
-    groups = as_groups(op, "groups", groups, len(boxes))
-    run = pick(boxes, numpy=_vote_numpy, numba=_vote_numba)
+    kept_groups = as_groups(op, "kept_groups", kept_groups, kept_boxes)
+    groups = as_groups(op, "groups", groups, boxes)
     voted = run(kept_boxes.astype(np.float64), boxes.astype(np.float64), scores.astype(np.float64), kept_groups, groups,
                 float(threshold), float(plus_one))
     return voted.astype(boxes.dtype)

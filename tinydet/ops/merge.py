@@ -21,8 +21,10 @@ def merge(boxes, scores, threshold=0.5, mode="mean", match="dissimilarity"):
     result is the mean of all of them. The threshold is not in the paper either (CHOICE 0.5: IoU of about 0.69).
     boxes: (R, 4), scores: (R,), one float dtype; worked in float64. Ties: the lowest (a, b).
     Returns boxes (M, 4), scores (M,) in the input's dtype, unmerged ones first, in order; members (M,) int64.
-    R = 0 gives empty arrays. Time grows as R^2. Raises ValueError for NaN or infinity, shapes, unknown names.
+    R = 0 gives empty arrays. Time grows as R^2. Works on the host, on detections after their copy there: each merge needs the last.
+    Raises ValueError for NaN or infinity, shapes, unknown names; TypeError for dtypes and for arrays on a GPU.
     """
+    run = pick(boxes, numpy=_merge_numpy, numba=_merge)
     checks.float_array("merge.merge", "boxes", boxes, "(R, 4)")
     checks.float_array("merge.merge", "scores", scores, f"({len(boxes)},)")
     checks.same_dtype("merge.merge", boxes=boxes, scores=scores)
@@ -31,7 +33,6 @@ def merge(boxes, scores, threshold=0.5, mode="mean", match="dissimilarity"):
         raise ValueError(f"merge.merge: mode must be one of {MODES} and match one of {MATCHES}, got {mode!r}, {match!r}")
     if np.isnan(threshold):
         raise ValueError("merge.merge: threshold must be a number, got NaN")
-    run = pick(boxes, numpy=_merge_numpy, numba=_merge)
     box, score, members = run(boxes.astype(np.float64, order="C"), scores.astype(np.float64), float(threshold), mode == "count",
                               MATCHES.index(match))
     return box.astype(boxes.dtype), score.astype(boxes.dtype), members

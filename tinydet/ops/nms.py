@@ -2,10 +2,12 @@
 import numpy as np
 from numba import njit
 
-from tinydet import checks
-from tinydet.backend import pick
+from tinydet import checks, cuda
+from tinydet.backend import array_module, pick, to_numpy
+from tinydet.ops import sort
 
 BLOCK = 64              # kept boxes that a box meets before it asks whether one of them suppressed it
+MOST = 1 << 17          # boxes on a GPU: one bit for each pair are 2^31 bytes
 
 
 def nms(boxes, scores, threshold, inclusive=False, plus_one=False, limit=None, groups=None):
@@ -17,7 +19,10 @@ def nms(boxes, scores, threshold, inclusive=False, plus_one=False, limit=None, g
     never added to the coordinates, which costs float32 its last bits and lets boxes left of 0 leak into another group.
     limit: stop after so many, over all groups. plus_one: inclusive pixels (boxes.py).
     Returns the indices kept, int64, best first; equal scores in order of index. R = 0 gives an empty array.
-    Raises ValueError for NaN or infinity, for shapes, and for a threshold outside [0, 1]; TypeError for dtypes.
+    On a GPU nothing waits for the host until the number kept is read, at the end; what is wrong with the values is raised then, too.
+    There it takes R^2/8 bytes, and R is at most 131072.
+    Raises ValueError for NaN or infinity, for areas that the dtype does not hold, for shapes, for a threshold outside [0, 1]
+    and for more boxes than a GPU takes; TypeError for dtypes.
     """
     checks.float_array("nms.nms", "boxes", boxes, "(R, 4)")
     checks.float_array("nms.nms", "scores", scores, f"({len(boxes)},)")
@@ -28,19 +33,17 @@ def nms(boxes, scores, threshold, inclusive=False, plus_one=False, limit=None, g
         raise ValueError(f"nms.nms: threshold must lie in [0, 1], got {threshold}")
     if limit is not None:
         checks.whole("nms.nms", 0, limit=limit)
-    groups = as_groups("nms.nms", "groups", groups, len(boxes))
-    order = np.argsort(-scores, kind="stable")
-    run = pick(boxes, numpy=_nms_numpy, numba=_nms_numba)
-    kept = run(boxes[order], groups[order], boxes.dtype.type(threshold), bool(inclusive), boxes.dtype.type(plus_one),
+    groups = as_groups("nms.nms", "groups", groups, boxes)
+    run = pick(boxes, numpy=_nms_numpy, numba=_nms_numba, cuda=_nms_cuda)
+    return run(boxes, scores, groups, boxes.dtype.type(threshold), bool(inclusive), boxes.dtype.type(plus_one),
                len(boxes) if limit is None else limit)
-    return order[kept]
 
 
-def as_groups(op, name, groups, rows):
-    """groups, (rows,) integers, as int64; zeros, one group, for None. Raises TypeError for a dtype, ValueError for a shape."""
+def as_groups(op, name, groups, boxes):
+    """groups, (R,) integers, as int64; zeros, one group, for None. Raises TypeError for a dtype, ValueError for a shape."""
     if groups is None:
-        return np.zeros(rows, np.int64)
-    checks.integers(op, name, groups, (rows,))
+        return array_module(boxes).zeros(len(boxes), np.int64)
+    checks.integers(op, name, groups, (len(boxes),))
     return groups.astype(np.int64)
 
 
@@ -50,9 +53,9 @@ def by_group(groups):
     return order, np.searchsorted(groups[order], groups[order], "right")
 
 
-def _nms_numpy(boxes, groups, threshold, inclusive, one, limit):
+def _nms_numpy(boxes, scores, groups, threshold, inclusive, one, limit):
     area = (boxes[:, 2:] - boxes[:, :2] + one).clip(0).prod(1)
-    kept, left = [], np.arange(len(boxes))
+    kept, left = [], np.argsort(-scores, kind="stable")
     while len(left) and len(kept) < limit:
         i, left = left[0], left[1:]
         kept.append(i)
@@ -64,12 +67,14 @@ def _nms_numpy(boxes, groups, threshold, inclusive, one, limit):
     return np.array(kept, np.int64)
 
 
-def _nms_numba(boxes, groups, threshold, inclusive, one, limit):
+def _nms_numba(boxes, scores, groups, threshold, inclusive, one, limit):
     """Each box meets only the kept boxes of its own group: 80 groups of 200 boxes cost 80 * 200^2, not 16000^2."""
+    best = np.argsort(-scores, kind="stable")
+    groups = groups[best]
     order = np.argsort(groups, kind="stable")
     start = np.empty_like(order)
     start[order] = np.searchsorted(groups[order], groups[order])
-    return _nms(boxes, start, threshold, inclusive, one, limit)
+    return best[_nms(boxes[best], start, threshold, inclusive, one, limit)]
 
 
 @njit(cache=True)
@@ -102,4 +107,28 @@ def _nms(boxes, start, threshold, inclusive, one, limit):
             size[start[r]] += 1
             kept[count] = r
             count += 1
+    return kept[:count]
+
+
+# CUDA: kernels/nms.cu, two launches after the sort
+
+def _nms_cuda(boxes, scores, groups, threshold, inclusive, one, limit):
+    xp, n = array_module(boxes), len(boxes)
+    kept = cuda.empty(boxes, n, np.int64)
+    if n > MOST:
+        raise ValueError(f"nms.nms: on a GPU there must be at most {MOST} boxes, got {n}: keep the best by score before")
+    if n == 0:
+        return kept
+    words, order = -(-n // 64), sort.argsort(scores, descending=True)
+    mask, info = cuda.empty(boxes, n * words, np.uint64), xp.zeros(2, np.int32)         # info: number kept, whether a value is bad
+    inputs = (xp.ascontiguousarray(a) for a in (boxes, scores, groups))
+    cuda.launch("nms.cu", "nms_mask", (*inputs, order, mask, info, n, threshold, inclusive, one, np.finfo(boxes.dtype).max / 16),
+                grid=(words, words), block=64)
+    cuda.launch("nms.cu", "nms_reduce", (mask.view(np.uint32), order, kept, info, n, min(limit, n)), grid=1,
+                block=256 if words <= 64 else 1024, shared=8 * words, real=cuda.CTYPES[boxes.dtype])
+    count, bad = to_numpy(info).tolist()                                                # the one wait for the GPU
+    if bad:
+        boxes, scores = to_numpy(boxes), to_numpy(scores)
+        checks.finite("nms.nms", boxes=boxes, scores=scores)
+        checks.areas("nms.nms", boxes=boxes)
     return kept[:count]

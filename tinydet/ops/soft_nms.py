@@ -21,10 +21,13 @@ def soft_nms(boxes, scores, method="linear", threshold=0.3, sigma=0.5, min_score
     Returns indices int64, in the order they were put out, and their scores at that time, never rising, in the input's dtype.
     Ties: the lowest index. R = 0 gives empty arrays. Both backends give the same bits for "linear"; their exp may differ
     in the last bit, and so may a "gaussian" score by 2.2e-16 of itself for each decay.
+    Works on the host, on detections after their copy there: each step needs the last one's scores, and they are few.
     Raises ValueError for NaN, infinity, negative scores, shapes, an unknown method, threshold outside [0, 1], sigma that is
-    not finite and > 0, min_score that is not finite and >= 0; TypeError for dtypes.
+    not finite and > 0, min_score that is not finite and >= 0; TypeError for dtypes
+    and for arrays on a GPU.
     """
     op = "soft_nms.soft_nms"
+    run = pick(boxes, numpy=_soft_nms_numpy, numba=_soft_nms_numba)
     checks.float_array(op, "boxes", boxes, "(R, 4)")
     checks.float_array(op, "scores", scores, f"({len(boxes)},)")
     checks.same_dtype(op, boxes=boxes, scores=scores)
@@ -42,8 +45,7 @@ def soft_nms(boxes, scores, method="linear", threshold=0.3, sigma=0.5, min_score
         raise ValueError(f"{op}: min_score must be finite and >= 0, got {min_score}")
     if limit is not None:
         checks.whole(op, 0, limit=limit)
-    groups = as_groups(op, "groups", groups, len(boxes))
-    run = pick(boxes, numpy=_soft_nms_numpy, numba=_soft_nms_numba)
+    groups = as_groups(op, "groups", groups, boxes)
     kept, decayed = run(boxes.astype(np.float64), scores.astype(np.float64), groups, method == "linear", float(threshold),
                         float(sigma), float(min_score), float(plus_one), len(boxes) if limit is None else limit)
     return kept, decayed.astype(scores.dtype)

@@ -4,12 +4,15 @@ import math
 import numpy as np
 from numba import njit, prange
 
-from tinydet import checks
-from tinydet.backend import array_module, pick
+from tinydet import checks, cuda
+from tinydet.backend import array_module, pick, scalar
 
 
 def softmax(x):
-    """p_k = exp(x_k) / sum_j exp(x_j) over the last axis, shifted by the maximum so that nothing overflows. Same shape and dtype."""
+    """p_k = exp(x_k) / sum_j exp(x_j) over the last axis, shifted by the maximum so that nothing overflows. Same shape and dtype.
+
+    On a GPU array code serves: five launches.
+    """
     e = array_module(x).exp(x - x.max(-1, keepdims=True))
     return e / e.sum(-1, keepdims=True)
 
@@ -19,24 +22,24 @@ def loss(x, labels):
 
     value = mean_r (log sum_k exp(x[r,k]) - x[r, labels[r]]), dx = (softmax(x) - onehot) / rows counted.
     x: (R, K) float32 or float64, labels: (R,) integers in 0..K-1, or -1: the row counts neither in the mean nor in dx.
-    Returns a Python float and dx (R, K), same dtype; 0.0 and zeros if no row has a label.
-    Raises ValueError for shapes or labels out of range, TypeError for dtypes.
+    Returns a Python float (on a GPU a 0-d float64 array there) and dx (R, K), same dtype; 0.0 and zeros if no row has a label.
+    Raises ValueError for shapes or labels out of range, TypeError for dtypes. A GPU does not look at the labels before: one out of
+    range makes the value and its row of dx NaN.
     """
     checks.float_array("softmax_loss.loss", "x", x, "(R, K)")
     checks.labels("softmax_loss.loss", labels, *x.shape)
-    rows = array_module(x).flatnonzero(labels >= 0)
+    return pick(x, numpy=_loss_numpy, numba=_loss_numba, cuda=_loss_cuda)(x, labels)
+
+
+def _loss_numpy(x, labels):
+    dx, rows = np.zeros_like(x), np.flatnonzero(labels >= 0)
     if len(rows) == 0:
-        return 0.0, array_module(x).zeros_like(x)
-    return pick(x, numpy=_loss_numpy, numba=_loss_numba, cuda=_loss_numpy)(x, rows, labels[rows])
-
-
-def _loss_numpy(x, rows, labels):
-    xp = array_module(x)
-    dx, each = xp.zeros_like(x), xp.arange(len(rows))
+        return 0.0, dx
+    labels, each = labels[rows], np.arange(len(rows))
     shifted = x[rows] - x[rows].max(1, keepdims=True)
-    e = xp.exp(shifted)
+    e = np.exp(shifted)
     total = e.sum(1, keepdims=True)
-    value = xp.log(total[:, 0]) - shifted[each, labels]
+    value = np.log(total[:, 0]) - shifted[each, labels]
     gradient = e / total
     gradient[each, labels] -= 1
     dx[rows] = gradient / len(rows)
@@ -49,11 +52,13 @@ BLOCK = 512                                                             # number
 TERMS = tuple(1 / math.factorial(k) for k in range(13, -1, -1))         # of exp(r), enough for float64 where |r| <= log(2) / 2
 
 
-def _loss_numba(x, rows, labels):
-    x, dx = np.ascontiguousarray(x), np.zeros(x.shape, x.dtype)
+def _loss_numba(x, labels):
+    x, dx, rows = np.ascontiguousarray(x), np.zeros(x.shape, x.dtype), np.flatnonzero(labels >= 0)
+    if len(rows) == 0:
+        return 0.0, dx
     mantissa, bias, integer = (23, 127, np.int32) if x.dtype == np.float32 else (52, 1023, np.int64)
     unit, bias = x.dtype.type(2.0 ** mantissa), x.dtype.type(bias)
-    values = _blocks(x, rows, labels.astype(np.int64), dx, max(1, BLOCK // x.shape[1]), unit, bias, np.empty(0, integer))
+    values = _blocks(x, rows, labels[rows].astype(np.int64), dx, max(1, BLOCK // x.shape[1]), unit, bias, np.empty(0, integer))
     return float(values.sum()) / len(rows), dx
 
 
@@ -111,3 +116,13 @@ def _exp(x, bits, power, unit, bias):
         x[k] = t(0) if x[k] < -bias else p                              # NaN stays NaN
     for k in range(len(x)):
         x[k] *= power[k]
+
+
+# CUDA: kernels/softmax_loss.cu, between array code that counts the labels (two launches) and adds up what the blocks found (one)
+
+def _loss_cuda(x, labels):
+    xp, (R, K) = array_module(x), x.shape
+    x, labels, blocks = xp.ascontiguousarray(x), xp.ascontiguousarray(labels, np.int64), -(-R // 8)
+    dx, partials, count = cuda.empty(x, x.shape), cuda.empty(x, blocks, np.float64), xp.asarray((labels != -1).sum())
+    cuda.launch("softmax_loss.cu", "softmax_loss_rows", (x, labels, count, dx, partials, R, K), grid=blocks)
+    return scalar(partials.sum()), dx
