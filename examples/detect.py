@@ -27,7 +27,7 @@ def arguments(argv=None):
     a("--json", nargs="?", const="-", metavar="FILE.json", help="give all detections as JSON, to standard output or a file")
     a("--min-score", type=float, help="lowest score of a detection (printed, drawn and in the JSON)")
     a("--out", default="detections", metavar="FOLDER", help="where the drawings go (%(default)s); none with --json")
-    a("--backend", choices=tinydet.backend.BACKENDS, default="numba")
+    a("--backend", choices=tinydet.backend.BACKENDS, default="numba", help="cuda: on a GPU (%(default)s)")
     args = parser.parse_args(argv)
     if args.json not in (None, "-") and not args.json.lower().endswith(".json"):
         args.images.insert(0, args.json)                            # it was a picture: --json picture.jpg
@@ -42,9 +42,10 @@ def arguments(argv=None):
     return args
 
 
-def main(args):
+def main(args, put):
     train.announce_compilation()
     net, settings = overfeat.load(args.weights)
+    net.to(put)
     classes, cut = net.spec.classes, settings.get("cut", {})
     combining = {k: settings[k] for k in ("merging", "threshold") if k in settings}
     out, records = Path(args.out), []
@@ -74,9 +75,9 @@ def main(args):
 if __name__ == "__main__":
     args = arguments()
     try:
-        with tinydet.use(args.backend):
-            main(args)
-    except (ValueError, OSError, ImportError) as error:
+        with tinydet.use(args.backend) as put:
+            main(args, put)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("\nstopped")

@@ -30,6 +30,7 @@ def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a = parser.add_argument
     a("--data", metavar="FOLDER", help="a PASCAL VOC, YOLO or COCO folder (default: embedded scenes)")
+    a("--scenes", type=count, default=400, help="embedded scenes to train on; a quarter as many are evaluated (%(default)s)")
     a("--train-set", default="train", help="image set to train on (%(default)s)")
     a("--eval-set", default="val", help="image set to evaluate; without a val list, a seeded fifth of the training set (%(default)s)")
     a("--steps", type=count, help="training steps (scenes 750, folders 800)")
@@ -42,7 +43,7 @@ def arguments(argv=None):
     a("--threshold", type=float, help="of the match score (merge, 0.6) or of IoU (nms, 0.45)")
     a("--seed", type=int, default=0, help="of weights, crops and order (%(default)s)")
     a("--workers", type=int, choices=range(17), default=1, metavar="N", help="threads that prepare crops ahead, 0..16 (%(default)s)")
-    a("--backend", choices=tinydet.backend.BACKENDS, default="numba")
+    a("--backend", choices=tinydet.backend.BACKENDS, default="numba", help="cuda: on a GPU; emulated: its kernels on the CPU, slowly (%(default)s)")
     a("--checkpoint-every", type=count, default=50, metavar="STEPS", help="(%(default)s)")
     a("--name", default="overfeat", help="name of the run (%(default)s)")
     a("--out", default="runs", metavar="FOLDER", help="where run folders lie (%(default)s)")
@@ -61,7 +62,7 @@ def arguments(argv=None):
 def read(args):
     """Training and evaluation examples, and the class names."""
     if not args.data:
-        return scenes.scenes(400, 0, "train"), scenes.scenes(100, 0, args.eval_set), scenes.CLASSES
+        return scenes.scenes(args.scenes, 0, "train"), scenes.scenes(-(-args.scenes // 4), 0, args.eval_set), scenes.CLASSES
     examples, classes = data.read(args.data, args.train_set)
     if args.eval_set == "val" and "val" not in data.splits(args.data):
         return *data.hold_out(examples, 0.2), classes
@@ -78,7 +79,7 @@ def main(args, put):
     config = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "checkpoint_every", "merging", "threshold", "workers")}
     config["data"] = str(Path(args.data).resolve()) if args.data else None
     run = train.Run(Path(args.out) / args.name, config, args.resume)
-    net = overfeat.OverFeat(spec, np.random.default_rng(args.seed))
+    net = overfeat.OverFeat(spec, np.random.default_rng(args.seed)).to(put)
     print(f"{len(examples)} training and {len(held_out)} evaluation images, {len(classes)} classes, window {spec.window}, scales "
           + " ".join(f"{s:.2f}" for s in spec.scales))
     print(summary(net, (1, side, side, 3)), flush=True)             # a training crop
@@ -124,7 +125,7 @@ if __name__ == "__main__":
     try:
         with tinydet.use(args.backend) as put:
             main(args, put)
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, RuntimeError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(f"\nstopped; the same command with --resume goes on from the last checkpoint in {args.out}/{args.name}")

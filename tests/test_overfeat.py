@@ -127,9 +127,11 @@ def test_assign_is_the_definition(seed):
 @given(st.integers(0, 10 ** 6))
 def test_select_keeps_positives_and_the_worst_negatives(seed):
     rng = np.random.default_rng(seed)
-    labels, p = rng.integers(-1, 4, rng.integers(1, 120)), None
+    labels = rng.integers(-1, 4, rng.integers(1, 120))
     p = rng.random(len(labels))
-    chosen = overfeat.select(labels, p, 3, np.random.default_rng(1), most=10)
+    drawn, ranks = overfeat.draw(labels, 3, np.random.default_rng(1), most=10)
+    other = rng.random(len(labels))                                 # each row of a batch has ranks of its own
+    chosen = overfeat.select(np.stack([drawn] * 2), np.stack([ranks] * 2), np.stack([other, p]), 3)[1]
     kept = chosen >= 0
     assert_array_equal(chosen[kept], labels[kept])                  # nothing is relabelled, ignored stays ignored
     positives, negatives = (labels >= 0) & (labels < 3), np.flatnonzero(labels == 3)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from tinydet import layers, optim
+from tinydet.backend import BACKENDS, put, to_numpy
 from tinydet.ops import (add, batch_norm, box_loss, concat, conv, dropout, focal_loss, global_max_pool, linear, logistic_loss, lrn,
                          max_pool, offset_pool, relu, softmax_loss, upsample)
 
@@ -30,6 +31,12 @@ class Case:
     draw: Callable | None
     float32: float | None = None
     why: str = ""
+    on: tuple = BACKENDS                # fewer for a stem that only the CPU has
+
+
+def like(x, a):
+    """A fixed array of a case, on the backend in use, in x's dtype."""
+    return put(a.astype(x.dtype))
 
 
 def distinct(rng, *shape):
@@ -59,6 +66,24 @@ def _square(size, stride=1):
     return case
 
 
+def _conv_relu(rng):
+    x, w, b = (rng.standard_normal(s) for s in ((2, 5, 6, 2), (3, 3, 2, 3), (3,)))
+    while abs(conv.forward(put(x), put(w), put(b), 1, 1)[0]).min() < 0.01:
+        b += 0.01                                                       # off the kink
+    return lambda x, w, b: conv.forward(x, w, b, 1, 1, relu=True), conv.backward, [x, w, b]
+
+
+def _conv_im2col(rng):
+    """The baseline on a GPU; on the CPU the usual way."""
+    def unrolled(f):
+        def run(*args):
+            with conv.unrolled():
+                return f(*args)
+        return run
+    x, w, b = (rng.standard_normal(s) for s in ((2, 7, 6, 2), (3, 2, 2, 3), (3,)))
+    return unrolled(lambda x, w, b: conv.forward(x, w, b, 2, (1, 0, 2, 1), 2)), unrolled(conv.backward), [x, w, b]
+
+
 def _max_pool(overlap, ceil):
     def draw(rng):
         size = int(rng.integers(2, 4))
@@ -84,8 +109,8 @@ def _batch_norm(frozen, relu):
 
         def forward(x, gamma, beta, relu=relu):
             run = batch_norm.forward_frozen if frozen else batch_norm.forward
-            return run(x, gamma, beta, *(a.astype(x.dtype) for a in given), relu=relu)
-        while relu and abs(forward(x, gamma, beta, False)[0]).min() < 0.01:
+            return run(x, gamma, beta, *(like(x, a) for a in given), relu=relu)
+        while relu and abs(forward(*map(put, (x, gamma, beta)), False)[0]).min() < 0.01:
             beta += 0.01                                                # off the kink
         return forward, batch_norm.backward, [x, gamma, beta]
     return draw
@@ -95,6 +120,7 @@ def _fold(rng):
     x, w = rng.standard_normal((1, 4, 5, 3)), rng.standard_normal((3, 3, 3, 2))
     b, gamma, beta, mean = rng.standard_normal((4, 2))
     var = rng.random(2) + 0.5
+    x, w, b, gamma, beta, mean, var = map(put, (x, w, b, gamma, beta, mean, var))
     expected = batch_norm.forward_frozen(conv.forward(x, w, b)[0], gamma, beta, mean, var)[0]
     return [(conv.forward(x, *batch_norm.fold(w, b, gamma, beta, mean, var))[0], expected)]
 
@@ -111,7 +137,7 @@ def _global_max_pool(masked):
         x = _map(rng)
         mask = rng.random(x.shape) < 0.5
         mask[:, 0, 0] |= ~mask.any((1, 2))
-        return lambda x: global_max_pool.forward(x, mask if masked else None), global_max_pool.backward, [x]
+        return lambda x: global_max_pool.forward(x, put(mask) if masked else None), global_max_pool.backward, [x]
     return draw
 
 
@@ -136,21 +162,21 @@ def _scores(loss, low, **options):
     def draw(rng):
         x = 3 * rng.standard_normal((int(rng.integers(1, 6)), 3))
         labels = rng.integers(low, 2, x.shape)
-        return lambda x: loss(x, labels, **options), [x]
+        return lambda x: loss(x, put(labels), **options), [x]
     return draw
 
 
 def _softmax_loss(rng):
     x = 3 * rng.standard_normal((5, int(rng.integers(1, 5))))
     labels = rng.integers(-1, x.shape[1], 5)
-    return lambda x: softmax_loss.loss(x, labels), [x]
+    return lambda x: softmax_loss.loss(x, put(labels)), [x]
 
 
 def _box_loss(loss, **options):
     def draw(rng):
         R = int(rng.integers(1, 6))
         target, mask = rng.integers(-8, 8, (R, 4)).astype(float), rng.random(R) < 0.7      # differences keep off 0 and beta
-        return lambda x: loss(x, target.astype(x.dtype), mask, **options), [target + distinct(rng, R, 4)]
+        return lambda x: loss(x, like(x, target), put(mask), **options), [target + distinct(rng, R, 4)]
     return draw
 
 
@@ -188,8 +214,10 @@ LAYERS = {
 def of_layer(layer, x, seed=0):
     """forward, backward and inputs (x, then every parameter that trains) of a layer in training, for gradcheck.check_grad.
 
+    The layer moves to the backend in use; the inputs are NumPy arrays.
     x: an array, or a list of arrays for a layer that takes a list. seed: of dropout's generator.
     """
+    layer.to(put)
     several = isinstance(x, list)
     count, names = len(x) if several else 1, list(layer.trained)
 
@@ -203,7 +231,7 @@ def of_layer(layer, x, seed=0):
             g[...] = 0
         dx = layer.backward(dy, cache)
         return [*(dx if several else [dx]), *(layer.grads[name].copy() for name in names)]
-    return forward, backward, [*(x if several else [x]), *(layer.params[name].copy() for name in names)]
+    return forward, backward, [*(x if several else [x]), *(to_numpy(layer.params[name]).copy() for name in names)]
 
 
 def _layer(name):
@@ -221,12 +249,13 @@ def _optimiser(make, rule):
     """rule(w, g, state, lr) gives the next w and state of one number; state starts as None."""
     def draw(rng):
         layer = layers.Layer(w=rng.standard_normal((2, 3)), b=rng.standard_normal(3))
-        optimiser = make(layer)
         expected = {k: [(float(w), None) for w in p.ravel()] for k, p in layer.params.items()}
+        optimiser = make(layer.to(put))
         for lr in (0.1, 0.1, 0.01):
-            for k, g in layer.grads.items():
-                g += rng.standard_normal(g.shape)
-                expected[k] = [rule(w, float(gi), state, lr, k) for (w, state), gi in zip(expected[k], g.ravel())]
+            for k in layer.grads:
+                gradient = rng.standard_normal(layer.grads[k].shape)
+                layer.grads[k] += put(gradient)
+                expected[k] = [rule(w, float(gi), state, lr, k) for (w, state), gi in zip(expected[k], gradient.ravel())]
             optimiser.step(lr)
         return [(layer.params[k], np.reshape([w for w, _ in expected[k]], layer.params[k].shape)) for k in expected]
     return draw
@@ -252,12 +281,14 @@ def _clip_norm(rng):
     grads = {"a": rng.standard_normal((3, 2)), "b": rng.standard_normal(4)}
     norm = sum(float(v) ** 2 for g in grads.values() for v in g.ravel()) ** 0.5
     expected = [(g * (0.5 / norm)) for g in grads.values()]
+    grads = {k: put(g) for k, g in grads.items()}
     return [(optim.clip_norm(grads, 0.5), norm), *zip(grads.values(), expected)]
 
 
 def _clip_value(rng):
     grads = {"a": rng.standard_normal((3, 2)), "b": rng.standard_normal(4)}
     expected = [np.array([min(max(float(v), -0.5), 0.5) for v in g.ravel()]).reshape(g.shape) for g in grads.values()]
+    grads = {k: put(g) for k, g in grads.items()}
     optim.clip_value(grads, 0.5)
     return list(zip(grads.values(), expected))
 
@@ -273,18 +304,20 @@ def _schedules(rng):
 
 def _running_averages(rng):
     """run = 0.9 run + 0.1 batch, over three batches; the variance counts m - 1."""
-    layer, mean, var = _norm(), np.zeros(2), np.ones(2)
+    layer, mean, var = _norm().to(put), np.zeros(2), np.ones(2)
     for _ in range(3):
         x = rng.standard_normal((2, 3, 4, 2))
-        layer.forward(x, train=True)
+        layer.forward(put(x), train=True)
         mean, var = 0.9 * mean + 0.1 * x.mean((0, 1, 2)), 0.9 * var + 0.1 * x.var((0, 1, 2), ddof=1)
     return [(layer.state["mean"], mean), (layer.state["var"], var)]
 
 
 CASES = [
     Case("conv", "stride, padding on each side, dilation", "gradient", _conv, 1e-5),
-    *(Case("conv_winograd", f"{r}x{r}", "gradient", _square(r), 1e-5) for r in (3, 4, 5, 7)),
-    Case("conv_direct", "4x4, stride 3", "gradient", _square(4, 3), 1e-5),
+    *(Case("conv_winograd", f"{r}x{r}", "gradient", _square(r), 1e-5, on=("numpy", "numba")) for r in (3, 4, 5, 7)),
+    Case("conv_direct", "4x4, stride 3", "gradient", _square(4, 3), 1e-5, on=("numpy", "numba")),
+    Case("conv_im2col", "stride 2, dilation 2, asymmetric padding", "gradient", _conv_im2col, 1e-5),
+    Case("conv", "with ReLU", "gradient", _conv_relu, 1e-5),
     Case("linear", "", "gradient", lambda rng: (linear.forward, linear.backward, [rng.standard_normal(s) for s in ((4, 3), (3, 2), 2)]), 1e-5),
     Case("relu", "", "gradient", lambda rng: (relu.forward, relu.backward, [_map(rng)]), 0),
     Case("max_pool", "overlapping, floor", "gradient", _max_pool(True, False), 1e-6),
@@ -324,6 +357,6 @@ CASES = [
     Case("schedules", "step_schedule, cosine_schedule", "definition", _schedules),
     *(Case(op, what, "no gradient", None, why=f"tests/test_{op}.py compares it with its definition") for op, what in (
         ("assign", "a choice of boxes and anchors"), ("boxes", "targets are constants of training"), ("nms", "a choice of boxes"),
-        ("soft_nms", "a choice of boxes and their scores"), ("box_voting", "applied to detections only"),
+        ("scan", "sums of indices and counts"), ("sort", "a choice of order"), ("soft_nms", "a choice of boxes and their scores"), ("box_voting", "applied to detections only"),
         ("merge", "applied to detections only"))),
 ]

@@ -31,7 +31,7 @@ def check_loss(loss, inputs, put=np.asarray, eps=1e-5, bound=1e-6):
     """
     def forward(*inputs):
         value, *grads = loss(*inputs)
-        return np.asarray(value), grads
+        return np.asarray(to_numpy(value)), grads
     return _check(forward, lambda dy, grads: grads, inputs, put, np.ones(()), eps, bound, 0, linear=False)
 
 
@@ -169,7 +169,7 @@ def _float32_error(kind, drawn, put):
         xs = [put(x.astype(dtype)) for x in inputs]
         if kind == "loss":
             value, *grads = functions[0](*xs)
-            results[dtype] = [np.asarray(value, dtype), *grads]
+            results[dtype] = [np.asarray(to_numpy(value), dtype), *grads]
         else:
             y, cache = functions[0](*xs)[:2]
             dy = np.random.default_rng(0).standard_normal(y.shape).astype(np.float32).astype(dtype)
@@ -195,7 +195,7 @@ def main(arguments=None):
     import sys
 
     from tinydet import files
-    from tinydet.backend import BACKENDS, use
+    from tinydet.backend import BACKENDS, available, missing, use
     from tinydet.cases import CASES
 
     parser = argparse.ArgumentParser(prog="python -m tinydet.gradcheck", description=(
@@ -205,6 +205,8 @@ def main(arguments=None):
     parser.add_argument("--op", metavar="NAME", choices=sorted({c.op for c in CASES}), help="this op, layer or optimiser only")
     parser.add_argument("--json", metavar="OUT", help="write the rows to this file too")
     args = parser.parse_args(arguments)
+    if args.backend and (lacks := missing(args.backend)):
+        parser.error(f"--backend {args.backend} cannot run here: {lacks}")
     if args.json and not Path(args.json).resolve().parent.is_dir():
         parser.error(f"the folder of --json {args.json} must exist")
 
@@ -212,7 +214,7 @@ def main(arguments=None):
     print(line.format("op", "case", "kind", "on", "dtype", "error", "bound", "verdict"))
     for case in CASES:
         if args.op in (None, case.op):
-            for row in _rows(case, [args.backend] if args.backend else BACKENDS, use):
+            for row in _rows(case, [args.backend] if args.backend else available(), use):
                 rows.append(row)
                 error, bound = ("" if row[k] is None else f"{row[k]:.1e}" for k in ("error", "bound"))
                 print(line.format(row["op"], row["case"], row["kind"], row["backend"], row["dtype"], error, bound, row["verdict"]), flush=True)
@@ -231,7 +233,7 @@ def _rows(case, backends, use):
     if case.draw is None:
         yield {**told, "backend": "", "dtype": "", "error": None, "bound": None, "verdict": case.why}
         return
-    for backend in backends:
+    for backend in (b for b in backends if b in case.on):
         for dtype in ("float64", "float32")[:1 if case.float32 is None else 2]:
             error = bound = None
             try:

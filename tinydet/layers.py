@@ -5,6 +5,7 @@ from types import MappingProxyType
 import numpy as np
 
 from tinydet import checks
+from tinydet.backend import array_module
 from tinydet.files import fitting
 from tinydet.ops import (add, batch_norm, concat, conv, dropout, global_max_pool, linear, lrn, max_pool, offset_pool, relu,
                          upsample)
@@ -46,6 +47,16 @@ class Layer:
         self.frozen = frozen
         return self
 
+    def to(self, put):
+        """Move parameters, gradients and state to the backend of put: `with use("cuda") as put: net.to(put)`. Returns the layer.
+
+        An optimiser made before still holds the arrays of the other backend: move first.
+        """
+        for arrays in (self.params, self.grads, self.state):
+            for name, a in arrays.items():
+                arrays[name] = put(a)
+        return self
+
     @property
     def trained(self):
         """The parameters that train, by name: all, or none of a frozen layer."""
@@ -61,25 +72,25 @@ class Conv2D(Layer):
     """Convolution kxk (ops.conv), Cin -> Cout. Weights by He's rule N(0, 2/(k*k*Cin)), or N(0, std^2); bias 0.
 
     pad: a number or (top, bottom, left, right). input_grad=False: backward returns None, for a layer that sees the image.
-    dtype float32 or float64.
+    relu=True: max(0, y), in one kernel on a GPU. dtype float32 or float64.
     """
 
-    def __init__(self, Cin, Cout, size, stride=1, pad=0, dilation=1, *, rng, std=None, input_grad=True, dtype=np.float32):
+    def __init__(self, Cin, Cout, size, stride=1, pad=0, dilation=1, *, rng, std=None, input_grad=True, dtype=np.float32, relu=False):
         checks.small("layers.Conv2D", 1, Cin=Cin, Cout=Cout, size=size, stride=stride, dilation=dilation)
         std = np.sqrt(2 / (size * size * Cin)) if std is None else std
         super().__init__(w=(rng.standard_normal((size, size, Cin, Cout)) * std).astype(dtype), b=np.zeros(Cout, dtype))
-        self.stride, self.pad, self.dilation, self.input_grad = stride, pad, dilation, input_grad
+        self.stride, self.pad, self.dilation, self.input_grad, self.relu = stride, pad, dilation, input_grad, relu
 
     def __repr__(self):
         kh, kw, Cin, Cout = self.params["w"].shape
         more = [f"{k} {v}" for k, v, usual in (("pad", self.pad, 0), ("dilation", self.dilation, 1)) if v != usual]
-        return ", ".join([f"Conv2D {kh}x{kw}/{self.stride} {Cin} -> {Cout}", *more])
+        return ", ".join([f"Conv2D {kh}x{kw}/{self.stride} {Cin} -> {Cout}", *more]) + " + ReLU" * self.relu
 
     def multiply_adds(self, x, y):
         return y.size * self.params["w"][..., 0].size
 
     def forward(self, x, train=False, rng=None):
-        return conv.forward(x, self.params["w"], self.params["b"], self.stride, self.pad, self.dilation)
+        return conv.forward(x, self.params["w"], self.params["b"], self.stride, self.pad, self.dilation, self.relu)
 
     def backward(self, dy, cache):
         dx, dw, db = conv.backward(dy, cache, self.input_grad, not self.frozen)
@@ -304,6 +315,11 @@ class Composite(Layer):
             layer.freeze(frozen)
         return self
 
+    def to(self, put):
+        for layer in self.parts.values():
+            layer.to(put)
+        return self
+
 
 class Sequential(Composite):
     """Layers one after the other; the parts are named "0", "1", ...
@@ -458,22 +474,21 @@ def fold(layer):
     """A copy of the net in which every BatchNorm right behind a Conv2D of a Sequential is folded into it (batch_norm.fold).
 
     It answers as the net does at test time, up to rounding, and faster; names of the other parts stay, and the ReLU of a BatchNorm
-    that has one takes its place. The net itself stays as it is.
+    that has one becomes that of the Conv2D. The net itself stays as it is.
     A Composite of your own must reach its parts through self.parts: an attribute of its own would still hold the unfolded layer.
     """
     layer = copy.copy(layer)
     if not isinstance(layer, Composite):
         layer.params = {k: v.copy() for k, v in layer.params.items()}
         layer.state = {k: v.copy() for k, v in layer.state.items()}
-        layer.grads = {k: np.zeros_like(v) for k, v in layer.params.items()}
+        layer.grads = {k: array_module(v).zeros_like(v) for k, v in layer.params.items()}
         return layer
     parts, before = {}, None                                            # before: the copy of the layer that x has just left
     for name, part in layer.parts.items():
-        if type(layer) is Sequential and type(part) is BatchNorm and type(before) is Conv2D:
+        if type(layer) is Sequential and type(part) is BatchNorm and type(before) is Conv2D and not before.relu:
             p, arrays = before.params, part.arrays()
             p["w"], p["b"] = batch_norm.fold(p["w"], p["b"], *(arrays[k] for k in ("gamma", "beta", "mean", "var")), part.eps)
-            if part.relu:
-                before = parts[name] = ReLU()
+            before.relu = part.relu
         else:
             before = parts[name] = fold(part)
     layer.parts = parts
@@ -498,4 +513,4 @@ def load(layer, arrays, source="weights", cast=False):
     """
     own = layer.arrays()
     for name, a in fitting("layers.load", source, arrays, own, cast=cast).items():
-        own[name][...] = a
+        own[name][...] = array_module(own[name]).asarray(a)

@@ -3,6 +3,7 @@ import dataclasses
 
 import numpy as np
 
+from tinydet.backend import array_module
 from tinydet.layers import Composite
 
 
@@ -63,7 +64,7 @@ def summary(net, *inputs):
             leaves[name] = layer
     if not leaves:
         raise ValueError("summary.summary: net must hold a layer, got none")
-    dtype = next((p.dtype for p in net.params.values()), np.dtype(np.float32))
+    like = next(iter(net.params.values()), np.empty(0, np.float32))
     found = {name: [(), 0, 0] for name in leaves}                       # output, runs, multiply-adds
     own = {name: layer.__dict__.get("forward") for name, layer in leaves.items()}
 
@@ -77,7 +78,7 @@ def summary(net, *inputs):
         layer.forward = watched                                         # on the object: its class stays as it is
 
     def given(x):
-        return [given(v) for v in x] if isinstance(x, list) else np.zeros(x, dtype) if isinstance(x, tuple) else x
+        return [given(v) for v in x] if isinstance(x, list) else array_module(like).zeros(x, like.dtype) if isinstance(x, tuple) else x
 
     try:
         for name, layer in leaves.items():

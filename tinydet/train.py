@@ -11,6 +11,7 @@ import numpy as np
 from numba.core import event
 
 from tinydet import loader
+from tinydet.backend import array_module, to_numpy
 from tinydet.files import read_arrays, read_json, write, write_arrays
 from tinydet.layers import load
 
@@ -48,7 +49,8 @@ def fit(run, net, optimizer, schedule, steps, step, every=100, prepare=None, wor
 
     With prepare it calls step(i, prepare(i)), and `workers` background threads make the next ones meanwhile (loader.prefetch:
     the number of workers changes no bit; 0 makes each when its turn comes).
-    step runs forward, loss and backward, which leaves gradients in the net, and returns a dict of numbers with "loss" first.
+    step runs forward, loss and backward, which leaves gradients in the net, and returns a dict of numbers with "loss" first. On a GPU
+    this is where each step waits for it, and all that it copies: those numbers, and the optimiser's word that all was finite.
     All that it draws at random must come from i (np.random.default_rng([seed, i])): then a run that was killed and resumed
     passes through the same states, bit for bit on the same machine with the same number of threads.
     schedule(i): learning rate of step i. Every `every` steps, and at the end, the run keeps a checkpoint.
@@ -59,18 +61,28 @@ def fit(run, net, optimizer, schedule, steps, step, every=100, prepare=None, wor
     prepared = loader.prefetch(lambda i: (prepare(i),) if prepare else (), first, steps, workers if prepare else 0)
     with run.open_log(first) as log, prepared:
         for i in bar:
-            values = step(i, *next(prepared))
+            values = numbers(step(i, *next(prepared)))
             if not math.isfinite(values["loss"]):
                 raise FloatingPointError(f"train.fit: the loss must be finite, got {values['loss']} at step {i}: lower the learning rate")
             optimizer.step(schedule(i))
+            optimizer.check()
             print(json.dumps({"step": i + 1, "lr": schedule(i), **values}), file=log, flush=True)
             bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
             if (i + 1) % every == 0 or i + 1 == steps:
-                if wrong := [name for name, a in net.arrays().items() if not np.isfinite(a).all()]:
+                if wrong := [name for name, a in net.arrays().items() if not np.isfinite(to_numpy(a)).all()]:
                     raise FloatingPointError(f"train.fit: the net must stay finite, got NaN or infinity in {wrong[0]} at step {i}: "
                                              "lower the learning rate")
                 os.fsync(log.fileno())                              # the log is never behind the checkpoint
                 run.checkpoint(i + 1, net, optimizer)
+
+
+def numbers(values):
+    """A dict of numbers as Python numbers. Those that lie on a GPU, as arrays without axes, are copied together, once."""
+    device = {name: v for name, v in values.items() if array_module(v) is not np}
+    if device:
+        xp = array_module(next(iter(device.values())))
+        values = {**values, **dict(zip(device, to_numpy(xp.stack(list(device.values()))).tolist()))}
+    return values
 
 
 class Run:
@@ -124,6 +136,7 @@ class Run:
     def checkpoint(self, steps, net, optimizer):
         """Keep all that training needs to go on: the net's arrays, the optimiser's, the number of steps done."""
         arrays = {**{f"net/{k}": v for k, v in net.arrays().items()}, **{f"optimizer/{k}": v for k, v in optimizer.state.items()}}
+        arrays = {k: to_numpy(v) for k, v in arrays.items()}
         write_arrays(self.folder / "checkpoint.npz", arrays, {"steps": steps, "optimizer": optimizer.kind})
 
     def restore(self, net, optimizer):

@@ -13,7 +13,7 @@ import warnings
 import numpy as np
 
 from tinydet import checks, layers
-from tinydet.backend import array_module, to_numpy
+from tinydet.backend import array_module, put, to_numpy
 from tinydet.data import flip, mean_std, view
 from tinydet.files import read_arrays, write_arrays
 from tinydet.layers import BatchNorm, Composite, Conv2D, Dropout, MaxPool, Sequential
@@ -118,7 +118,7 @@ class OverFeat(Composite):
         """A head on one pooled map; an empty map where the offset leaves less than one window."""
         h, w = (max(0, side - self.spec.k + 1) for side in pooled.shape[1:3])
         if min(h, w) == 0:
-            return np.zeros((len(pooled), h, w, channels), pooled.dtype)
+            return array_module(pooled).zeros((len(pooled), h, w, channels), pooled.dtype)
         return self.parts[name](pooled)
 
 
@@ -164,24 +164,34 @@ def assign(windows, boxes, labels, background, positive=0.5, negative=0.3, visib
     return answer, encode(windows, chosen), (overlap >= negative) & (seen >= visible) & (labels[best] >= 0)
 
 
-def select(labels, p_background, background, rng, most=64, ratio=3, least=8):
-    """Choose the windows of one image to train on, on the current forward pass (sec. 5: random or most offending negatives).
+def draw(labels, background, rng, most=64, ratio=3, least=8):
+    """Draw which windows of one image to train on (sec. 5: random or most offending negatives), before their scores are known.
 
     All windows of a class are kept (at most `most`, drawn at random), and max(least, ratio * kept) of the background:
     half of those the ones of largest 1 - p(background), half drawn uniformly from the rest (CHOICE; the paper gives no numbers).
-    labels: (M,) with -1 for ignored, p_background: (M,). Returns labels with all that was not chosen set to -1.
+    labels: (M,) with -1 for ignored. Returns labels with -1 for the windows of a class that are not kept, and ranks (M,) bool: True
+    at r if the background window whose p(background) is the r-th lowest (from 0) is chosen. select() applies them.
     """
     kept = np.flatnonzero((labels >= 0) & (labels != background))
     if len(kept) > most:
         kept = rng.choice(kept, most, replace=False)
-    negatives = np.flatnonzero(labels == background)
-    count = min(max(least, ratio * len(kept)), len(negatives))
-    negatives = negatives[np.argsort(p_background[negatives], kind="stable")]       # ties: first window
-    chosen = negatives[:count // 2]
-    chosen = np.concatenate([chosen, rng.choice(negatives[count // 2:], count - count // 2, replace=False)])
-    out = np.full_like(labels, -1)
-    out[kept], out[chosen] = labels[kept], background
-    return out
+    negatives = int((labels == background).sum())
+    count = min(max(least, ratio * len(kept)), negatives)
+    out, ranks = np.where(labels == background, labels, -1), np.arange(len(labels)) < count // 2
+    out[kept] = labels[kept]
+    ranks[count // 2 + rng.choice(negatives - count // 2, count - count // 2, replace=False)] = True
+    return out, ranks
+
+
+def select(labels, ranks, p_background, background):
+    """Labels (N, M) with -1 for the background windows whose rank by p(background) in their image is not True in ranks.
+
+    labels, ranks (draw() of each image), p_background: (N, M), on one device: on the GPU the scores stay there. Ties: first window.
+    """
+    xp = array_module(p_background)
+    key = xp.where(labels == background, p_background, xp.inf)
+    rank = xp.argsort(xp.argsort(key, 1, kind="stable"), 1, kind="stable")
+    return xp.where((labels != background) | xp.take_along_axis(ranks, rank, 1), labels, -1)
 
 
 def loss(spec, scores, edges, targets, rng, box_weight=1.0, offset=(0, 0)):
@@ -191,27 +201,26 @@ def loss(spec, scores, edges, targets, rng, box_weight=1.0, offset=(0, 0)):
     pixels, labels (R,), and the rectangle (x1, y1, x2, y2) that holds the photograph: windows centred outside are not trained.
     value = mean cross-entropy of the selected windows + box_weight * L2 box loss, the latter divided by the boxes kept or the
     images N, whichever is more (CHOICE: batches with hardly a box would otherwise make training diverge).
-    Returns a dict of floats (loss, class_loss, box_loss, positives) and dscores, dedges.
+    Returns a dict of numbers (loss, class_loss, box_loss, positives) and dscores, dedges. On a GPU the losses stay there, too.
     """
     N, h, w, channels = scores.shape
     background = channels - 1
     grid = windows(h, w, spec.jump * spec.pool, spec.window, np.array(offset) * spec.jump)
     centre = (grid[:, :2] + grid[:, 2:]) / 2
-    p_background = to_numpy(softmax_loss.softmax(scores))[..., background].reshape(N, -1)
-    labels, wanted, regress = [], [], []
-    for n, (boxes, names, inside) in enumerate(targets):
+    labels, ranks, wanted, regress = [], [], [], []
+    for boxes, names, inside in targets:                            # on the host: from annotations alone
         answer, edge, use = assign(grid, boxes, names, background)
         out = ((centre < inside[:2]) | (centre > inside[2:])).any(1)
         answer[out], use[out] = -1, False
-        labels.append(select(answer, p_background[n], background, rng))
-        wanted.append(edge)
-        regress.append(use)
-    labels = np.concatenate(labels)
-    xp = array_module(scores)
-    class_loss, dscores = softmax_loss.loss(scores.reshape(-1, channels), xp.asarray(labels))
-    edge_loss, dedges = box_loss.l2(edges.reshape(-1, 4), xp.asarray(np.concatenate(wanted).astype(edges.dtype)),
-                                    xp.asarray(np.concatenate(regress)))
-    few = min(1.0, int(np.concatenate(regress).sum()) / N)          # a handful of boxes must not pull like a full batch
+        for column, values in zip((labels, ranks, wanted, regress), (*draw(answer, background, rng), edge, use)):
+            column.append(values)
+    labels, ranks, wanted, regress = np.stack(labels), np.stack(ranks), np.concatenate(wanted), np.concatenate(regress)
+    device = array_module(scores).asarray
+    p_background = softmax_loss.softmax(scores)[..., background].reshape(N, -1)
+    chosen = select(device(labels), device(ranks), p_background, background)
+    class_loss, dscores = softmax_loss.loss(scores.reshape(-1, channels), chosen.reshape(-1))
+    edge_loss, dedges = box_loss.l2(edges.reshape(-1, 4), device(wanted.astype(edges.dtype)), device(regress))
+    few = min(1.0, int(regress.sum()) / N)                          # a handful of boxes must not pull like a full batch
     edge_loss, dedges = few * edge_loss, few * dedges
     values = {"loss": class_loss + box_weight * edge_loss, "class_loss": class_loss, "box_loss": edge_loss,
               "positives": int(((labels >= 0) & (labels != background)).sum())}
@@ -330,8 +339,8 @@ def look(net, image, scale):
     """
     spec, frame = net.spec, net.spec.window // 2
     H, W = (max(spec.window, round(side * scale)) + 2 * frame for side in image.shape[:2])
-    scores, edges = net.dense(net.normalise(view(image, -frame / scale, -frame / scale, scale, W, H, spec.fill)[None]))
-    p = to_numpy(softmax_loss.softmax(scores.astype(np.float64)))
+    scores, edges = net.dense(put(net.normalise(view(image, -frame / scale, -frame / scale, scale, W, H, spec.fill)[None])))
+    p = softmax_loss.softmax(to_numpy(scores).astype(np.float64))
     grid = (windows(*p.shape[1:3], spec.jump, spec.window) - frame) / scale
     return decode(grid, to_numpy(edges).reshape(-1, 4).astype(np.float64)), p.reshape(len(grid), -1)
 
@@ -340,8 +349,8 @@ def look(net, image, scale):
 
 def save(net, path, settings):
     """Write a net with its Spec and dtype, and the settings to use it with (a JSON dict), to a weights file (.npz)."""
-    write_arrays(path, net.arrays(), {"model": "overfeat", "dtype": net.dtype.name, "spec": dataclasses.asdict(net.spec),
-                                      "settings": settings})
+    write_arrays(path, {k: to_numpy(v) for k, v in net.arrays().items()},
+                 {"model": "overfeat", "dtype": net.dtype.name, "spec": dataclasses.asdict(net.spec), "settings": settings})
 
 
 def load(path):
