@@ -13,7 +13,7 @@ README = (ROOT / "README.md").read_text()
 PROGRAMS = re.findall(r"```python\n(.*?)```\n\nprints\n\n```\n(.*?)```", README, re.S)
 
 
-@pytest.mark.parametrize("code, output", PROGRAMS, ids=["ten lines", "own gradient"])
+@pytest.mark.parametrize("code, output", PROGRAMS, ids=["ten lines", "a kernel on the CPU", "own gradient"])
 def test_programs_print_what_readme_says(code, output):
     assert README.count("```python") == len(PROGRAMS)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
