@@ -1,6 +1,10 @@
 """Executes the text of a CUDA kernel on NumPy arrays, without a GPU and without CUDA: g++ compiles it behind kernels/cuda_on_cpu.h.
 
-    text = 'extern "C" __global__ void twice(const real* x, real* y, int n) { int t = blockIdx.x * blockDim.x + threadIdx.x; if (t < n) y[t] = 2 * x[t]; }'
+    text = '''extern "C" __global__ void twice(const real* x, real* y, int n)
+    {
+        int t = blockIdx.x * blockDim.x + threadIdx.x;
+        if (t < n) y[t] = 2 * x[t];
+    }'''
     kernels = emulate.module("twice.cu", text, {"real": "float"})
     kernels.launch("twice", grid=(2, 1, 1), block=(256, 1, 1), values=[x, y, np.int32(300)])
 
@@ -9,8 +13,8 @@ thread and line: a barrier that a thread misses, an index outside an array, a mi
 
 - `printf` in a kernel prints; `assert` raises. Arrays keep their old content after an error.
 - `with emulate.options("random", seed=1):` starts threads and blocks in another order. A result that depends on it misses a barrier.
-- TINYDET_EMULATED_MODE=debug compiles for a debugger, and one thread runs after the other:
-  `gdb -ex "set breakpoint pending on" -ex "break twice.cu:7 if threadIdx.x == 5" -ex run --args python script.py`
+- TINYDET_EMULATED_MODE=debug compiles for a debugger; all runs in one thread of the operating system:
+  `gdb -ex "set breakpoint pending on" -ex "break twice.cu:4 if threadIdx.x == 5" -ex run --args python script.py`
 - modes "address" (every access outside an array, with its line), "thread" (races inside a block) and "thread blocks" (races between blocks)
   need a process that begins with g++'s sanitizer: `sanitizer_command` says how to start it. Their reports are KernelErrors too.
 """
@@ -37,7 +41,8 @@ FLAGS = ("-std=c++17 -shared -fPIC -fvisibility=hidden -fno-exceptions -fno-rtti
          "-fsanitize=bounds,alignment,null,shift-exponent,integer-divide-by-zero").split()
 MODES = {"plain": ["-O1", "-g1"], "debug": ["-O0", "-g"],
          "address": ["-O1", "-g", "-DEMULATE_ADDRESS", "-fsanitize=address", "-fsanitize-recover=address", "-fno-omit-frame-pointer"],
-         "thread": ["-O1", "-g", "-DEMULATE_THREAD", "-fsanitize=thread"], "thread blocks": ["-O1", "-g", "-DEMULATE_THREAD", "-DEMULATE_BLOCKS", "-fsanitize=thread"]}
+         "thread": ["-O1", "-g", "-DEMULATE_THREAD", "-fsanitize=thread"],
+         "thread blocks": ["-O1", "-g", "-DEMULATE_THREAD", "-DEMULATE_BLOCKS", "-fsanitize=thread"]}
 SANITIZERS = {"address": "asan", "thread": "tsan", "thread blocks": "tsan"}
 ORDERS = ("forward", "reverse", "random")
 KERNEL = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\s*\([^()]*\)\s*)?(\w+)\s*\(([^)]*)\)")
@@ -111,7 +116,8 @@ def _library(name, source, flags):
         handle, part = tempfile.mkstemp(".part", library.name, library.parent)      # its own: another process may be at it too
         os.close(handle)
         try:
-            done = subprocess.run(["g++", *flags, "-x", "c++", "-", "-lm", "-o", part], input=source, capture_output=True, text=True, env=_plain())
+            words = ["g++", *flags, "-x", "c++", "-", "-lm", "-o", part]
+            done = subprocess.run(words, input=source, capture_output=True, text=True, env=_plain())
             if done.returncode:
                 raise KernelError(f"emulate.module: {name} must compile, g++ says:\n{done.stderr}")
             os.replace(part, library)
@@ -178,14 +184,16 @@ class Module:
             if pointer and value is None:
                 flat += 0, 0
             elif not isinstance(value, np.ndarray if pointer else np.generic) or value.dtype != dtype:
-                raise TypeError(f"emulate.launch: {self.name}: {kernel}: {name} must be {'an array' if pointer else 'a number'} of {dtype}, "
+                wanted = f"{'an array' if pointer else 'a number'} of {dtype}"
+                raise TypeError(f"emulate.launch: {self.name}: {kernel}: {name} must be {wanted}, "
                                 f"got {type(value).__name__} {getattr(value, 'dtype', '')}")
             elif not pointer:
                 flat.append(value)
             else:
                 flags = value.flags
                 if not flags.c_contiguous or not (const or flags.writeable):
-                    raise ValueError(f"emulate.launch: {self.name}: {kernel}: {name} must be C-contiguous{'' if const else ' and writable'}")
+                    wanted = "C-contiguous" if const else "C-contiguous and writable"
+                    raise ValueError(f"emulate.launch: {self.name}: {kernel}: {name} must be {wanted}")
                 flat += value.ctypes.data, value.nbytes
         try:
             packed = pack(*flat)
@@ -215,12 +223,14 @@ class Module:
         if self.name in told:
             told = re.sub(r"\n *#\d+ .*(cuda_on_cpu\.h|libffi|\[stack\]).*", "", told)           # calls outside the kernel
             first = next(report for report in re.split("={10,}\n", told) if self.name in report)
-            self._wrong[kernel] = "\n".join(part for part in first.split("\n\n") if not re.search("created by|Shadow byte|^SUMMARY", part))
+            kept = [part for part in first.split("\n\n") if not re.search("created by|Shadow byte|^SUMMARY", part)]
+            self._wrong[kernel] = "\n".join(kept)
         return self._wrong.get(kernel)
 
 
 def sanitizer_command(mode):
-    """How to start Python so that kernels run in a sanitizer's mode: (environment to add, words before the command). A sentence if it cannot.
+    """How to start Python so that kernels run in a sanitizer's mode: (environment to add, words before the command), or a sentence that
+    says why they cannot.
 
         environment, prefix = emulate.sanitizer_command("thread")
         subprocess.run([*prefix, sys.executable, "-m", "pytest", ...], env={**os.environ, **environment})
@@ -237,6 +247,7 @@ def sanitizer_command(mode):
                    f"{name.upper()}_OPTIONS": f"log_path={log}:halt_on_error=0" + ":detect_leaks=0" * (name == "asan")}
     for prefix in ["setarch", "-R"], []:                                            # ThreadSanitizer does not bear random addresses
         with contextlib.suppress(OSError):
-            if subprocess.run([*prefix, sys.executable, "-c", ""], env={**os.environ, **environment}, capture_output=True).returncode == 0:
+            started = subprocess.run([*prefix, sys.executable, "-c", ""], env={**os.environ, **environment}, capture_output=True)
+            if started.returncode == 0:
                 return environment, prefix
     return f"mode {mode!r} does not run on this machine: Python does not start with lib{name}"
