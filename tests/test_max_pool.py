@@ -212,9 +212,10 @@ def test_floor_gives_the_score_map_of_the_notes_and_ceil_does_not():
     assert [alexnet_sides(side, True)[-1] for side in (250, 500)] == [2, 10]
 
 
-def test_kernels_refuse_windows_whose_places_leave_31_bits():
-    with pytest.raises(ValueError, match=r"^max_pool\.forward: size must be at most 46340 within the image, .* got 46341"):
-        max_pool._in_image(10**6, (1, 3, 46340, 1), 0, 1)
+@pytest.mark.skipif(emulate.missing() is not None, reason=str(emulate.missing()))
+def test_kernels_refuse_windows_whose_places_leave_32_bits():
+    with use("emulated"), pytest.raises(ValueError, match=r"^max_pool\.forward: on a GPU size must be at most 65536, .* got 65537"):
+        max_pool.forward(np.zeros((1, 2, 2, 1)), 65537, 65537, 0, True)
 
 
 @pytest.mark.parametrize("shape, size, stride, pad, ceil", [
@@ -288,6 +289,20 @@ def test_errors(change, error, message):
 def test_backward_error():
     with pytest.raises(ValueError, match=r"^max_pool\.backward: dy must have shape \(1, 2, 2, 1\), got \(1, 4, 4, 1\)"):
         max_pool.backward(np.zeros((1, 4, 4, 1)), max_pool.forward(distinct((1, 4, 4, 1), 0), 2)[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape, size, stride, pad", [
+    ((1, 1, 1, 1), 3, 1, (1, 1, 0, 2)), ((1, 2, 3, 2), 5, 2, (4, 4, 3, 4)), ((1, 2, 2, 1), 30, 30, (29, 0, 29, 0))])
+def test_places_are_counted_in_the_whole_window_also_where_it_leaves_the_image(backend, shape, size, stride, pad):
+    check_winners(backend, np.random.default_rng(0).standard_normal(shape), size, stride, pad)
+
+
+@pytest.mark.skipif(emulate.missing() is not None, reason=str(emulate.missing()))
+def test_kernels_count_places_beyond_31_bits():
+    with use("emulated"):
+        y, cache = max_pool.forward(np.ones((1, 2, 2, 1)), 50000, 50000, (49999, 0, 49999, 0))
+        assert cache[3].tolist() == [[[[50000 * 49999 + 49999]]]] and max_pool.backward(y, cache).ravel().tolist() == [1, 0, 0, 0]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -15,7 +15,7 @@ def forward(x, size, stride=None, pad=0, ceil=False):
     rule: the nets of Fast R-CNN need it; Oquab et al. and OverFeat need floor).
     x: (N, H, W, C) float32 or float64. Returns y (N, oh, ow, C) and cache; oh = (H + top + bottom - size)//stride + 1, with
     ceil the quotient rounded up. Ties go to the first pixel in row order; the first NaN in a window wins it, y is NaN there.
-    N = 0 gives an empty y. Raises ValueError if x holds no window, TypeError for other dtypes.
+    N = 0 gives an empty y. Raises ValueError if x holds no window, or for a size above 65536 on a GPU; TypeError for other dtypes.
     """
     return pool("max_pool.forward", x, size, size if stride is None else stride, pad, ceil)
 
@@ -165,7 +165,9 @@ def _give(dy, place, dx, here):
 # CUDA: kernels/max_pool.cu
 
 def _forward_cuda(x, shape, size, stride, top, left):
-    x, y, size = array_module(x).ascontiguousarray(x), cuda.empty(x, shape), _in_image(size, x.shape, top, left)
+    if size > 65536:
+        raise ValueError(f"max_pool.forward: on a GPU size must be at most 65536, as places in a window are counted in 32 bits, got {size}")
+    x, y = array_module(x).ascontiguousarray(x), cuda.empty(x, shape)
     argmax = cuda.empty(x, shape, np.min_scalar_type(size * size - 1))
     sizes = (*x.shape, *shape[1:3], size, stride, top, left)
     cuda.launch("max_pool.cu", "max_pool_forward", (x, y, argmax, *sizes), threads=y.size)
@@ -174,17 +176,9 @@ def _forward_cuda(x, shape, size, stride, top, left):
 
 def _backward_cuda(dy, shape, size, stride, argmax, top, left):
     dy, dx = array_module(dy).ascontiguousarray(dy), cuda.empty(dy, shape)
-    sizes = (*shape[1:], *dy.shape[1:3], _in_image(size, shape, top, left), stride, top, left)
+    sizes = (*shape[1:], *dy.shape[1:3], size, stride, top, left)
     cuda.launch("max_pool.cu", "max_pool_backward", (dy, argmax, dx, *sizes), **strips(shape, 4))
     return dx
-
-
-def _in_image(size, shape, top, left):
-    """The side of a window without what lies outside the image wherever it begins, so that its places are few."""
-    size = min(size, max(shape[1] + top, shape[2] + left))
-    if size > 46340:
-        raise ValueError(f"max_pool.forward: size must be at most 46340 within the image, as kernels count in 31 bits, got {size}")
-    return size
 
 
 def strips(shape, each):
