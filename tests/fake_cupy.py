@@ -227,17 +227,18 @@ def module():
 def installed():
     """Inside, `import cupy` finds the stand-in, and use("cuda") can run. Yields the module."""
     from tinydet import backend, cuda
+    from tinydet.ops import conv
     before = sys.modules.get("cupy")
     sys.modules["cupy"] = cupy = module()
     copies.clear()
     launches.clear()
-    backend.missing.cache_clear()
-    cuda._compiled.cache_clear()
+    for cache in (backend.missing, cuda._compiled, conv._multiprocessors):
+        cache.cache_clear()
     try:
         yield cupy
     finally:
         sys.modules.pop("cupy", None)
         if before is not None:
             sys.modules["cupy"] = before
-        backend.missing.cache_clear()
-        cuda._compiled.cache_clear()
+        for cache in (backend.missing, cuda._compiled, conv._multiprocessors):
+            cache.cache_clear()

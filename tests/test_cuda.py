@@ -157,6 +157,24 @@ def test_cupy_arrays_go_to_cupys_executor_with_exact_types(folder):
         assert cuda.empty(x, (2, 3), np.uint8).shape == (2, 3) and isinstance(cuda.empty(x, 3), cupy.ndarray)
 
 
+@needs_emulator
+def test_cupys_executor_is_asked_for_shared_memory_and_refuses_another_device(folder, monkeypatch):
+    with fake_cupy.installed() as cupy:
+        x, y = cupy.asarray(F), cupy.asarray(F.copy())
+        cuda.launch("saxpy.cu", "saxpy", (x, y, 1, 8), threads=8, shared=60_000)
+        kernel = cuda._compiled("saxpy.cu", cuda.source("saxpy.cu"), (("real", "float"),), "saxpy")
+        assert kernel.max_dynamic_shared_size_bytes == 60_000
+        monkeypatch.setattr(cupy.cuda.runtime, "getDevice", lambda: 1)
+        with pytest.raises(ValueError, match=r"x must lie on the current device 1, got device 0"):
+            cuda.launch("saxpy.cu", "saxpy", (x, y, 1, 8), threads=8)
+
+
+def test_a_kernel_without_arrays_is_refused(folder):
+    (folder / "none.cu").write_text('extern "C" __global__ void none(int n) { }')
+    with pytest.raises(TypeError, match=r"^cuda\.launch: none\.cu: none must have an array among its parameters"):
+        cuda.launch("none.cu", "none", (1,), threads=8)
+
+
 def test_empty_holds_what_nobody_writes():
     assert np.isnan(cuda.empty(F, (2, 3))).all() and cuda.empty(F, (2, 3)).dtype == np.float32
     assert (cuda.empty(F, 3, np.int64) == -1).all() and (cuda.empty(F, (0, 3), np.uint8) == 255).all()

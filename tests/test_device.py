@@ -1,16 +1,20 @@
 """On a GPU everything stays there: checked without one, on the stand-in for CuPy of fake_cupy.py and the emulated kernels."""
 import contextlib
+import importlib.util
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
+from PIL import Image
 
 import fake_cupy
-from tinydet import emulate, layers, optim, scenes, to_numpy, train, use
+from tinydet import draw, emulate, layers, optim, scenes, to_numpy, train, use
 from tinydet.backend import put
 from tinydet.cases import CASES
 from tinydet.models import overfeat
+from tinydet.ops import focal_loss, logistic_loss, softmax_loss
 
 pytestmark = pytest.mark.skipif(emulate.missing() is not None, reason=str(emulate.missing()))
 DIFFERENTIABLE = [c for c in CASES if c.kind in ("gradient", "loss")]
@@ -170,6 +174,52 @@ def test_nets_move_save_and_fold(tmp_path):
         net.to(to_numpy)
     for (k, a), b in zip(net.arrays().items(), loaded.arrays().values()):
         assert_array_equal(a, b, strict=True, err_msg=k)
+
+
+@pytest.mark.parametrize("loss", [lambda x, y: focal_loss.loss(x, y)[0], lambda x, y: logistic_loss.loss(x, y, signed=True)[0],
+                                  lambda x, y: softmax_loss.loss(x, y[:, 0])[0]])
+@pytest.mark.parametrize("wrong", [2, 255, 256, 257, -2, -257, 2**31, 2**40])
+def test_a_label_out_of_range_makes_the_loss_nan(loss, wrong):
+    with use("cuda") as put:
+        x = put(np.ones((3, 2)))
+        assert np.isfinite(to_numpy(loss(x, put(np.array([[0, 1], [1, 0], [-1, 1]])))))
+        assert np.isnan(to_numpy(loss(x, put(np.array([[0, 1], [wrong, 0], [1, 1]])))))
+
+
+def example(name):
+    path = Path(__file__).resolve().parent.parent / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"example_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_examples_run_on_the_gpu(tmp_path, monkeypatch, capsys):
+    """Training, evaluation, pictures; then detection with the weights: as a user calls them, with --backend cuda."""
+    train_it, detect = example("overfeat"), example("detect")
+    monkeypatch.setattr(overfeat, "spec_for", lambda examples, classes, window, original=overfeat.spec_for: original(
+        examples, classes, window, widths=(4, 6, 8, 8), hidden=12, most_scales=1))
+    args = train_it.arguments(["--backend", "cuda", "--scenes", "3", "--steps", "2", "--batch", "1", "--out", str(tmp_path), "--name", "a"])
+    with use(args.backend) as put:
+        train_it.main(args, put)
+    assert (tmp_path / "a" / "detections.png").is_file() and "conv_dw" in fake_cupy.launches and "sgd_step" in fake_cupy.launches
+    draw.save(Image.fromarray(EXAMPLES[0].image()[:80, :80]), tmp_path / "picture.png")
+    args = detect.arguments(["--backend", "cuda", "--weights", str(tmp_path / "a" / "weights.npz"), "--min-score", "0.9", "--out", str(tmp_path / "d"),
+                             str(tmp_path / "picture.png")])
+    with use(args.backend) as put:
+        detect.main(args, put)
+    assert (tmp_path / "d" / "picture.png").is_file()
+
+
+def test_adagrad_keeps_gradients_while_one_is_not_finite():
+    with use("cuda") as put:
+        net = layers.Layer(a=np.ones(3), b=np.ones(2)).to(put)
+        optimizer = optim.AdaGrad(net)
+        net.grads["a"][...] = 2
+        net.grads["b"][0] = np.nan
+        optimizer.step(0.1)
+        assert_array_equal(to_numpy(net.grads["a"]), [2, 2, 2])
+        assert_array_equal(to_numpy(net.params["a"]), [1, 1, 1])
 
 
 def test_arrays_of_two_machines_are_refused():

@@ -99,6 +99,8 @@ def launch(file, kernel, args, *, threads=None, grid=None, block=256, shared=0, 
     macros = {name: str(value) for name, value in macros.items()}
     _infer(op, text, signature, args, macros)
     arrays = [a for a, p in zip(args, signature) if p[1]]
+    if not arrays:
+        raise TypeError(f"{op} must have an array among its parameters, which says where it runs")
     xp = array_module(arrays[0])
     values = [_pointer(op, xp, macros, p, a) if p[1] else _number(op, macros, p, a) for p, a in zip(signature, args)]
     block, grid = _three(block), _three(grid if threads is None else -(-threads // math.prod(_three(block))))

@@ -18,6 +18,7 @@ thread and line: a barrier that a thread misses, an index outside an array, a mi
 - modes "address" (every access outside an array, with its line), "thread" (races inside a block) and "thread blocks" (races between blocks)
   need a process that begins with g++'s sanitizer: `sanitizer_command` says how to start it. Their reports are KernelErrors too.
 """
+import atexit
 import contextlib
 import ctypes
 import functools
@@ -241,7 +242,9 @@ def sanitizer_command(mode):
     library = subprocess.run(["g++", f"-print-file-name=lib{name}.so"], capture_output=True, text=True).stdout.strip()
     if not os.path.isabs(library):
         return f"mode {mode!r} needs lib{name}, which this g++ lacks"
-    log = os.path.join(tempfile.mkdtemp(prefix="tinydet-"), "sanitizer")
+    folder = tempfile.mkdtemp(prefix="tinydet-")
+    atexit.register(shutil.rmtree, folder, True)
+    log = os.path.join(folder, "sanitizer")
     environment = {"LD_PRELOAD": library, "TINYDET_EMULATED_MODE": mode, "TINYDET_SANITIZER_LOG": log,
                    "OPENBLAS_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1",           # their threads would look like races
                    f"{name.upper()}_OPTIONS": f"log_path={log}:halt_on_error=0" + ":detect_leaks=0" * (name == "asan")}

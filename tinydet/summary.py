@@ -73,7 +73,7 @@ def summary(net, *inputs):
 
         def watched(x, *args, **options):
             y, cache = forward(x, *args, **options)
-            found[name] = [np.shape(y), found[name][1] + 1, found[name][2] + layer.multiply_adds(x, y)]
+            found[name] = [y.shape, found[name][1] + 1, found[name][2] + layer.multiply_adds(x, y)]
             return y, cache
         layer.forward = watched                                         # on the object: its class stays as it is
 

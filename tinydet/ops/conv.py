@@ -275,7 +275,7 @@ def _input_gradient(dy, w, shape, stride, pad, dilation):
     dx = (cuda.empty if len(maps) == min(stride, H) * min(stride, W) else _zeros)(dy, shape)
     turned, zeros = xp.ascontiguousarray(w[::-1, ::-1].transpose(0, 1, 3, 2)), _zeros(w, C)
     for (row, height, top, u, rows), (col, width, left, v, columns) in maps:
-        taps = rows, columns, apart, (u * kw + v) * Cout, every * kw * Cout, every * Cout
+        taps = rows, columns, apart, (u * kw + v) * Cout, (rows > 1) * every * kw * Cout, (columns > 1) * every * Cout
         places = (row * W + col) * C, H * W * C, stride * W * C, stride * C
         _correlate(dy, turned, zeros, dx, (height, width), (1, top, left), taps, places, False)
     return dx
