@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
+import fake_cupy
 from tinydet import emulate, use
 
 FILE = Path(__file__).resolve().parent.parent / "examples" / "bench_gpu.py"
@@ -28,6 +29,16 @@ def test_a_dry_run_checks_and_times_every_job(tmp_path, capsys):
         assert row["ms"] > 0 and row["error"] <= (0 if job.exact else job.tolerance) and "share" not in row and row["peers"] == {}
     out = capsys.readouterr().out
     assert "none wrong; a dry run: these times say nothing about a GPU" in out and "no GPU" in out and "/s" not in out.replace("--", "")
+
+
+@needs_emulator
+@pytest.mark.parametrize("group", ["conv", "pool", "nms", "sort", "loss", "sgd"])
+def test_the_check_of_a_real_run_on_the_stand_in(group):
+    """As on a GPU: convolution against unrolling in float64, the rest against the CPU."""
+    job = next(j for j in JOBS if j.group == group)
+    with fake_cupy.installed(), use("cuda") as put:
+        assert bench.check(job, job.make(np.random.default_rng(0), 0.02), put, False) <= job.tolerance
+    assert group != "conv" or {"conv_forward", "conv_im2col_unroll"} <= set(fake_cupy.launches)
 
 
 @needs_emulator
