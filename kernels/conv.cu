@@ -112,7 +112,7 @@ conv_forward(const real* x, const real* w, const real* b, real* y, int M, int H,
             bool in = (unsigned)line < (unsigned)H;
             #pragma unroll
             for (int h = 0; h < 4; h += VEC)
-                fetch(a[f], h, x + ((image[f] + line) * W * C + q + h), in && (unsigned)(q + h) < (unsigned)(W * C) && e + ea + h < R);
+                fetch(a[f], h, x + (int)((unsigned)(image[f] + line) * W * C + q + h), in && (unsigned)(q + h) < (unsigned)(W * C) && e + ea + h < R);
         }
         #pragma unroll
         for (int h = 0; h < 4; h += VEC)
@@ -182,7 +182,7 @@ conv_dw(const real* x, const real* dy, real* parts, int K, int H, int W, int C, 
             #pragma unroll
             for (int h = 0; h < 4; h += VEC) {
                 int line = i * stride + row + down[f][h / VEC], q = (j * stride + col) * C + right[f][h / VEC];
-                fetch(a[f], h, x + ((n * H + line) * W * C + q), p < end && (unsigned)line < (unsigned)H && (unsigned)q < (unsigned)(W * C));
+                fetch(a[f], h, x + (int)((unsigned)(n * H + line) * W * C + q), p < end && (unsigned)line < (unsigned)H && (unsigned)q < (unsigned)(W * C));
             }
         #pragma unroll
         for (int h = 0; h < 4; h += VEC)

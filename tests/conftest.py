@@ -3,6 +3,7 @@ import contextlib
 import ctypes
 import mmap
 import os
+import re
 import sys
 
 import tinydet  # noqa: F401  first: it sets how waiting threads behave, which numpy and numba read once
@@ -28,6 +29,20 @@ settings.register_profile("tinydet", deadline=None, derandomize=True, max_exampl
 settings.load_profile("tinydet")
 
 numba.set_num_threads(1)                # on inputs this small a second thread only waits, for 10 ms a call on a busy machine
+
+
+# Tests that launch every kernel, without drawn examples: what AddressSanitizer, ThreadSanitizer and, on a GPU, compute-sanitizer look at
+KERNELS = {"test_every_op": "may_run_twice", "test_conv": "ragged", "test_conv_im2col": "", "test_max_pool": "border|places|far|order", "test_offset_pool": "border|places|rows",
+           "test_batch_norm": "border|block|257", "test_lrn": "border|block|257|halo|wide", "test_global_max_pool": "border|block|257", "test_sort": "257|65|order",
+           "test_scan": "257|2049", "test_nms": "limit|last_bit|words|order", "test_softmax_loss": "border|block|257", "test_logistic_loss": "border|block|257",
+           "test_focal_loss": "border|block|257", "test_box_loss": "border|block|257", "test_optim": "257|border"}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        pattern = KERNELS.get(item.path.stem)
+        if pattern is not None and re.search(pattern, item.name) and re.search(r"emulated|cuda", item.name):
+            item.add_marker(pytest.mark.kernels)
 
 
 @pytest.fixture

@@ -42,11 +42,10 @@ def test_the_steps_and_their_limits(tmp_path, dry, monkeypatch):
     monkeypatch.setattr(check.shutil, "which", lambda name: f"/bin/{name}")
     found = check.steps(arguments(tmp_path, dry_run=dry))
     kinds = {name.split(",")[0] for name in found}
-    assert kinds == {"versions", "tests", "sanitizer", "bench", "example"} and all(limit <= 240 for _, limit, _ in found.values())
+    assert kinds == {"versions", "tests", "sanitizer", "bench", "example"} and sum(limit for _, limit, _ in found.values()) <= 570
     assert dry or [name for name in found if "sanitizer" in name] == [f"sanitizer, {tool}" for tool in check.TOOLS]
     for command, *_ in found.values():                                  # what they run is there
         assert all((ROOT / word).exists() for word in command if word.startswith(("tests", "examples/")))
-    assert check.steps(arguments(tmp_path, only=["bench"])).keys() == {"bench"}
     monkeypatch.setattr(check.shutil, "which", lambda name: None)
     assert dry or check.steps(arguments(tmp_path))["sanitizer, memcheck"][:2] == (None, "compute-sanitizer is not on the PATH")
 

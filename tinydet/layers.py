@@ -25,7 +25,7 @@ class Layer:
 
     def __init__(self, **params):
         self.params = params
-        self.grads = {k: np.zeros_like(v) for k, v in params.items()}
+        self.grads = {k: array_module(v).zeros_like(v) for k, v in params.items()}
         self.state = {}
 
     def __call__(self, x):
