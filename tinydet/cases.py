@@ -10,7 +10,7 @@ import numpy as np
 from tinydet import layers, optim
 from tinydet.backend import BACKENDS, put, to_numpy
 from tinydet.ops import (add, batch_norm, box_loss, concat, conv, dropout, focal_loss, global_max_pool, linear, logistic_loss, lrn,
-                         max_pool, offset_pool, relu, softmax_loss, upsample)
+                         max_pool, offset_pool, relu, roi_loss, roi_pool, softmax_loss, upsample)
 
 
 @dataclasses.dataclass
@@ -90,6 +90,25 @@ def _max_pool(overlap, ceil):
         stride = int(rng.integers(1, size)) if overlap else size + int(rng.integers(0, 2))
         pad = tuple(int(p) for p in rng.integers(0, size, 4))
         return lambda x: max_pool.forward(x, size, stride, pad, ceil), max_pool.backward, [_map(rng, 3, 7)]
+    return draw
+
+
+def _roi_pool(float_bins):
+    """Regions inside, across the border, outside and malformed."""
+    def draw(rng):
+        x, R = _map(rng, 1, 6), int(rng.integers(1, 5))
+        rois = np.concatenate([rng.integers(0, len(x), (R, 1)), rng.integers(-16, 64, (R, 4))], 1)
+        size = tuple(int(s) for s in rng.integers(1, 5, 2))
+        return lambda x: roi_pool.forward(x, like(x, rois), size, 1 / 8, float_bins), roi_pool.backward, [x]
+    return draw
+
+
+def _roi_loss(**options):
+    def draw(rng):
+        R = int(rng.integers(1, 5))
+        labels, targets = rng.integers(-1, 3, R), rng.integers(-8, 8, (R, 4)).astype(float)      # differences keep off 0 and beta
+        deltas = np.repeat(targets[:, None], 3, 1) + distinct(rng, R, 3, 4)
+        return (lambda s, d: roi_loss.loss(s, d, put(labels), like(s, targets), **options)), [rng.standard_normal((R, 3)), deltas.reshape(R, 12)]
     return draw
 
 
@@ -324,6 +343,8 @@ CASES = [
     Case("max_pool", "overlapping, ceil", "gradient", _max_pool(True, True), 1e-6),
     Case("max_pool", "apart, ceil", "gradient", _max_pool(False, True), 1e-6),
     Case("offset_pool", "", "gradient", lambda rng: (lambda x: offset_pool.forward(x, 2), offset_pool.backward, [_map(rng, 2)]), 1e-6),
+    Case("roi_pool", "integer bins", "gradient", _roi_pool(False), 1e-6),
+    Case("roi_pool", "Caffe's bins", "gradient", _roi_pool(True), 1e-6),
     Case("global_max_pool", "", "gradient", _global_max_pool(False), 0),
     Case("global_max_pool", "masked", "gradient", _global_max_pool(True), 0),
     Case("lrn", "k 1, alpha / n", "gradient", _lrn(1.0, True, 0.75), 1e-5),
@@ -344,6 +365,8 @@ CASES = [
     Case("logistic_loss", "labels 0, 1", "loss", _scores(logistic_loss.loss, 0, signed=False), 1e-5),
     Case("focal_loss", "alpha 0.25, gamma 2", "loss", _scores(focal_loss.loss, -1), 1e-5),
     Case("focal_loss", "gamma 0, no alpha", "loss", _scores(focal_loss.loss, -1, alpha=None, gamma=0), 1e-5),
+    Case("roi_loss", "", "loss", _roi_loss(), 1e-5),
+    Case("roi_loss", "focal, gamma 2", "loss", _roi_loss(gamma=2.0), 1e-5),
     Case("box_loss", "l2", "loss", _box_loss(box_loss.l2), 1e-5),
     Case("box_loss", "smooth_l1, beta 1", "loss", _box_loss(box_loss.smooth_l1), 1e-5),
     Case("box_loss", "smooth_l1, beta 0", "loss", _box_loss(box_loss.smooth_l1, beta=0), 1e-5),
@@ -356,7 +379,7 @@ CASES = [
     Case("clip_value", "", "definition", _clip_value),
     Case("schedules", "step_schedule, cosine_schedule", "definition", _schedules),
     *(Case(op, what, "no gradient", None, why=f"tests/test_{op}.py compares it with its definition") for op, what in (
-        ("assign", "a choice of boxes and anchors"), ("boxes", "targets are constants of training"), ("nms", "a choice of boxes"),
+        ("assign", "a choice of boxes and anchors"), ("boxes", "targets are constants of training"), ("nms", "a choice of boxes"), ("ohem", "a choice of regions"),
         ("scan", "sums of indices and counts"), ("sort", "a choice of order"), ("soft_nms", "a choice of boxes and their scores"), ("box_voting", "applied to detections only"),
         ("merge", "applied to detections only"))),
 ]

@@ -1,0 +1,84 @@
+"""Which regions of an image train: the hardest (OHEM), and what it is compared with: random quotas (Fast R-CNN) and 3:1 (SSD)."""
+import numpy as np
+
+from tinydet import checks
+from tinydet.backend import array_module, to_numpy
+from tinydet.ops import nms, sort
+
+
+def select(losses, boxes, labels, batch, threshold=0.7, per_label=True, plus_one=False):
+    """The hardest `batch` regions of one image, of near-duplicates only the hardest (OHEM, sec. 3.2; ohem notes, sec. 2.1 and 2.2).
+
+    In order of loss, a region is dropped if its IoU with one kept before is above `threshold`: two regions over the same cells would count
+    one loss twice. per_label=True: only with those of its label (the released code); False: with all (as the paper's text reads).
+    threshold=None: none is dropped. Then the first `batch` of what is left.
+    losses: (R,) roi_loss.each, boxes: (R, 4) in pixels of the net's input, one float dtype; labels: (R,) integers, background included; -1
+    (ignored: at a difficult object) is never chosen and drops no other.
+    Returns the indices chosen, int64, hardest first, min(batch, survivors) of them; equal losses in order of index. R = 0 gives none.
+    On a GPU the number chosen is read, once. Raises FloatingPointError for a loss that is not finite (sorting would hide it), ValueError for
+    shapes and a batch below 1, TypeError for dtypes.
+    """
+    op = "ohem.select"
+    checks.float_array(op, "losses", losses)
+    checks.float_array(op, "boxes", boxes, f"({len(losses)}, 4)")
+    checks.same_dtype(op, losses=losses, boxes=boxes)
+    checks.integers(op, "labels", labels, (len(losses),))
+    checks.whole(op, 1, batch=batch)
+    xp = array_module(losses)
+    if checks.on_host(losses) and not np.isfinite(losses).all():
+        raise FloatingPointError(f"{op}: losses must be finite, got {losses[~np.isfinite(losses)][0]}: lower the learning rate or check the data")
+    ignored = labels < 0
+    scores = xp.where(ignored, losses.dtype.type(-1), losses)           # behind all others: a loss is at least 0
+    groups = labels if per_label else ignored                           # those ignored meet each other alone
+    if threshold is None:
+        chosen = sort.argsort(scores, descending=True)[:batch].astype(np.int64)
+    else:
+        chosen = nms.nms(boxes, scores, threshold, plus_one=plus_one, limit=batch, groups=groups.astype(np.int64))
+    return chosen[:int(to_numpy((~ignored[chosen]).sum()))]
+
+
+def random(labels, overlaps, batch, rng, fraction=0.25, low=0.1, high=0.5):
+    """Fast R-CNN's heuristics: up to round(fraction * batch) regions of a class, the rest background (ohem notes, sec. 1.6).
+
+    Background are the regions whose overlap lies in [low, high): below
+    low is "easy" and never used; low = 0 drops that rule. Where one kind is short the other does not fill its place beyond the batch.
+    labels: (R,) integers, -1 ignored, overlaps: (R,) largest IoU with an object, both NumPy arrays; a region counts as of a class where
+    overlap >= high. Drawn without replacement. Returns indices, int64, those of a class first, each part in rising order; fewer than batch
+    where there are not enough (the batch is smaller then, sec. 1.6).
+    """
+    op = "ohem.random"
+    _regions(op, labels, overlaps)
+    checks.whole(op, 1, batch=batch)
+    if not (0 <= fraction <= 1 and 0 <= low <= high <= 1):
+        raise ValueError(f"{op}: fraction must lie in [0, 1] and 0 <= low <= high <= 1, got {fraction}, {low}, {high}")
+    positive = np.flatnonzero((labels >= 0) & (overlaps >= high))
+    negative = np.flatnonzero((labels >= 0) & (overlaps < high) & (overlaps >= low))
+    positive = _draw(positive, int(np.floor(fraction * batch + 0.5)), rng)
+    return np.concatenate([positive, _draw(negative, batch - len(positive), rng)])
+
+
+def ssd(losses, labels, overlaps, ratio=3, high=0.5):
+    """SSD's mining: all regions of a class, and `ratio` times as many of the hardest of the background (ohem notes, sec. 3).
+
+    Ranked by the classification loss alone, no NMS; an image without a region of a class trains nothing.
+    losses: (R,) classification losses, labels: (R,) integers, -1 ignored, overlaps: (R,); NumPy arrays.
+    Returns indices, int64: of a class, in order, then background, hardest first. Divide by the number of the former.
+    """
+    op = "ohem.ssd"
+    _regions(op, labels, overlaps)
+    checks.float_array(op, "losses", losses, f"({len(labels)},)")
+    checks.finite(op, losses=losses)
+    positive = np.flatnonzero((labels >= 0) & (overlaps >= high))
+    negative = np.flatnonzero((labels >= 0) & (overlaps < high))
+    hardest = negative[np.argsort(-losses[negative], kind="stable")]
+    return np.concatenate([positive, hardest[:ratio * len(positive)]])
+
+
+def _regions(op, labels, overlaps):
+    checks.integers(op, "labels", labels, (len(labels),))
+    checks.float_array(op, "overlaps", overlaps, f"({len(labels)},)")
+
+
+def _draw(indices, count, rng):
+    """`count` of the indices, in rising order; all of them where there are no more."""
+    return indices if len(indices) <= count else np.sort(rng.choice(indices, count, replace=False))
