@@ -1,0 +1,218 @@
+"""Fast R-CNN: what regions must answer, the step in all its forms, and detection."""
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+from conftest import RUNNING
+from tinydet import evaluate, optim, scenes, to_numpy, use
+from tinydet.models import fast_rcnn
+from tinydet.models.fast_rcnn import Sampler, Spec
+from tinydet.ops import boxes as box_ops, ohem, roi_loss
+
+EXAMPLES = scenes.scenes(4, seed=5)
+SPEC = Spec(scenes.CLASSES, short=(96,), longest=192, mean=(118.0,) * 3, std=(60.0,) * 3, dropout=0.0)
+
+
+def proposals(example, seed=0, count=30):
+    rng = np.random.default_rng(seed)
+    corner, side = rng.random((count, 2)) * 90, rng.random((count, 2)) * 60 + 8
+    near = example.boxes[rng.integers(0, len(example.boxes), count // 3)] + rng.normal(0, 4, (count // 3, 4))
+    return np.concatenate([np.concatenate([corner, corner + side], 1), near[(near[:, 2:] > near[:, :2] + 2).all(1)]])
+
+
+def given(net, count=2, seed=0):
+    """x and the Regions of the first examples."""
+    images, regions = [], []
+    for k, e in enumerate(EXAMPLES[:count]):
+        image, p, boxes, labels, difficult = fast_rcnn.training_image(net.spec, e, proposals(e, k), np.random.default_rng(seed + k))
+        images.append(image)
+        regions.append(fast_rcnn.label(net.spec, p, boxes, labels, difficult))
+    return fast_rcnn.batch(net, images), regions
+
+
+def small(dtype=np.float64, **changed):
+    spec = Spec(**{**vars(SPEC), **changed})
+    return fast_rcnn.FastRCNN(spec, np.random.default_rng(0), dtype)
+
+
+def cleared(net):
+    found = {k: to_numpy(g).copy() for k, g in net.grads.items()}
+    for g in net.grads.values():
+        g[...] = 0
+    return found
+
+
+# Labels
+
+def test_label_by_hand():
+    boxes, labels = np.array([[0, 0, 10, 10], [20, 0, 30, 10], [0, 20, 10, 30.]]), np.array([2, 0, 1])
+    regions = np.array([[0, 0, 10, 10], [0, 0, 10, 5], [0, 0, 10, 4.9], [20, 0, 32, 10], [50, 50, 60, 60], [0, 20, 10, 31], [0, 20, 10, 23]])
+    r = fast_rcnn.label(SPEC, regions, boxes, labels, np.array([False, False, True]))
+    assert_array_equal(r.boxes[:2], boxes[:2])                          # the objects stand first, the difficult one does not
+    assert r.labels.tolist() == [2, 0, 2, 2, 6, 0, 6, -1, 6]
+    assert_allclose(r.overlaps[2:6], [1, 0.5, 0.49, 10 / 12])
+    assert_allclose(r.targets[5], box_ops.encode(regions[3:4], boxes[1:2])[0] / (0.1, 0.1, 0.2, 0.2), rtol=1e-12)
+    assert not r.targets[r.labels == 6].any()
+    assert fast_rcnn.label(SPEC, regions, boxes, labels, append=False).labels.tolist() == [2, 2, 6, 0, 6, 1, 6]
+
+
+def test_label_without_objects_or_proposals():
+    empty, none = np.zeros((0, 4)), np.zeros(0, np.int64)
+    r = fast_rcnn.label(SPEC, np.array([[0, 0, 5, 5.]]), empty, none)
+    assert r.labels.tolist() == [6] and r.overlaps.tolist() == [0]
+    assert len(fast_rcnn.label(SPEC, empty, empty, none).labels) == 0
+    assert fast_rcnn.label(SPEC, empty, np.array([[0, 0, 5, 5.]]), np.array([3])).labels.tolist() == [3]
+    assert fast_rcnn.label(SPEC, empty, np.array([[0, 0, 5, 5.]]), np.array([3]), np.array([True])).labels.tolist() == []
+
+
+# The step
+
+@pytest.mark.parametrize("backend", RUNNING)
+@pytest.mark.parametrize("accumulate", fast_rcnn.ACCUMULATE)
+def test_two_networks_are_zeroing(backend, accumulate):
+    """Only the hard regions forward and backward give the gradient of all of them with the others' losses set to 0 (notes, sec. 2.3)."""
+    with use(backend) as put:
+        net = small().to(put)
+        x, regions = given(net)
+        values, chosen = fast_rcnn.step(net, put(x), regions, Sampler(batch=24, accumulate=accumulate), np.random.default_rng(1))
+        two = cleared(net)
+        rois = np.concatenate([np.column_stack([np.full(len(r.boxes), float(n)), r.boxes]) for n, r in enumerate(regions)])
+        weights, at = np.zeros(len(rois)), 0
+        for r, c in zip(regions, chosen):
+            c = to_numpy(c)
+            weights[at + c] = 1 / (2 * len(c)) if accumulate == "mean_of_means" else 1 / sum(map(len, chosen))
+            at += len(r.boxes)
+        scores, deltas, cache = net.forward(put(x), put(rois), True, np.random.default_rng(1))
+        labels, targets = (np.concatenate([getattr(r, name) for r in regions]) for name in ("labels", "targets"))
+        value, dscores, ddeltas = roi_loss.loss(scores, deltas, put(labels), put(targets), put(weights))
+        net.backward(dscores, ddeltas, cache)
+        zeroed = cleared(net)
+    assert_allclose(float(value), float(values["loss"]), rtol=1e-12)
+    for k, g in two.items():
+        assert_allclose(g, zeroed[k], rtol=1e-12, atol=1e-12 * max(1, abs(g).max()), err_msg=k)
+    assert any(g.any() for g in two.values())
+
+
+def test_chunks_change_nothing_and_the_read_only_pass_touches_nothing():
+    net = small(dropout=0.5)
+    x, regions = given(net)
+    maps, _ = net.features(x, True)
+    before = {k: v.copy() for k, v in net.arrays().items()}
+    rois = np.column_stack([np.zeros(len(regions[0].boxes)), regions[0].boxes])
+    losses = [fast_rcnn.score(net, maps, rois, regions[0].labels, regions[0].targets, Sampler(chunk=chunk)) for chunk in (1, 7, 512)]
+    for other in losses[1:]:
+        assert_allclose(other, losses[0], rtol=1e-12)
+    assert not any(g.any() for g in net.grads.values())
+    for k, v in net.arrays().items():
+        assert_array_equal(v, before[k])
+    noisy = [fast_rcnn.score(net, maps, rois, regions[0].labels, regions[0].targets, Sampler(noisy=True), np.random.default_rng(s)) for s in (0, 1)]
+    assert not np.allclose(*noisy)
+
+
+@pytest.mark.parametrize("name", fast_rcnn.SAMPLERS)
+def test_gradient_of_every_sampler(name):
+    """Central differences with the choice held: that of the step before."""
+    net = small(classes=("a", "b"))
+    e = EXAMPLES[0]
+    labels = e.labels % 2
+    regions = [fast_rcnn.label(net.spec, proposals(e), e.boxes, labels)]
+    x = fast_rcnn.batch(net, [e.image()])
+    net.parts["regressor"].params["b"] += 0.3                           # off the kinks of the box loss
+    sampler, rng = Sampler(name, batch=16), np.random.default_rng(1)
+    values, chosen = fast_rcnn.step(net, x, regions, sampler, rng)
+    grads = cleared(net)
+    held = regions[0]
+    few = [fast_rcnn.Regions(*(v[chosen[0]] for v in vars(held).values()))]
+    again = Sampler("focal" if name == "focal" else "all")
+    scale = {"ssd": len(chosen[0]) / max(1, (few[0].labels < 2).sum())}.get(name, 1)
+
+    def loss():
+        value = float(fast_rcnn.step(net, x, few, again, np.random.default_rng(1))[0]["loss"])
+        cleared(net)
+        return value * scale
+    assert loss() == pytest.approx(float(values["loss"]), rel=1e-9)
+    for k, w in net.params.items():
+        at, eps = abs(grads[k]).argmax(), 1e-6
+        kept = w.flat[at]
+        w.flat[at] = kept + eps
+        high = loss()
+        w.flat[at] = kept - eps
+        low = loss()
+        w.flat[at] = kept
+        assert abs((high - low) / (2 * eps) - grads[k].flat[at]) <= 1e-5 * max(1, abs(grads[k].flat[at])), (name, k)
+
+
+def test_the_hardest_are_chosen_and_background_alone_trains_too():
+    net = small()
+    x, regions = given(net)
+    maps, _ = net.features(x, True)
+    _, chosen = fast_rcnn.step(net, x, regions, Sampler(batch=20), np.random.default_rng(0))
+    for n, (r, c) in enumerate(zip(regions, chosen)):
+        rois = np.column_stack([np.full(len(r.boxes), float(n)), r.boxes])
+        losses = fast_rcnn.score(net, maps, rois, r.labels, r.targets, Sampler())
+        assert_array_equal(c, ohem.select(losses, r.boxes, r.labels, 10))
+    cleared(net)
+    background = [fast_rcnn.label(SPEC, r.boxes, np.zeros((0, 4)), np.zeros(0, int)) for r in regions]
+    for name in fast_rcnn.SAMPLERS:
+        values, chosen = fast_rcnn.step(net, x, background, Sampler(name, low=0.0), np.random.default_rng(0))
+        assert np.isfinite(values["loss"]) and values["positive"] == 0 and (name != "ssd" or values["regions"] == 0)
+    none = [fast_rcnn.label(SPEC, np.zeros((0, 4)), np.zeros((0, 4)), np.zeros(0, int)) for _ in regions]
+    for name in fast_rcnn.SAMPLERS:
+        cleared(net)
+        values, _ = fast_rcnn.step(net, x, none, Sampler(name), np.random.default_rng(0))
+        assert values["loss"] == 0 and values["regions"] == 0 and not any(g.any() for k, g in net.grads.items())
+
+
+@pytest.mark.parametrize("sampler", ["ohem", "random"])
+def test_overfits_four_images_and_finds_their_objects(sampler):
+    net = small(np.float32)
+    optimizer = optim.SGD(net, 0.9, form="caffe")
+    for i in range(150):
+        x, regions = given(net, 4, seed=0)
+        fast_rcnn.step(net, x, regions, Sampler(sampler, batch=96), np.random.default_rng(i))
+        optimizer.step(0.02)
+    testing = fast_rcnn.Testing(short=(96,), longest=192)
+    found = [fast_rcnn.detect(net, e.image(), np.concatenate([proposals(e, k), e.boxes]), testing) for k, e in enumerate(EXAMPLES)]
+    assert evaluate.mean_ap(evaluate.voc(found, EXAMPLES, scenes.CLASSES)) > 0.8
+    better = [fast_rcnn.detect(net, e.image(), np.concatenate([proposals(e, k), e.boxes]), fast_rcnn.Testing(short=(80, 96), longest=192, iterate=True))
+              for k, e in enumerate(EXAMPLES)]
+    assert evaluate.mean_ap(evaluate.voc(better, EXAMPLES, scenes.CLASSES)) > 0.8
+    boxes, labels, scores = fast_rcnn.detect(net, EXAMPLES[0].image(), np.zeros((0, 4)), testing)
+    assert boxes.shape == (0, 4) and len(labels) == len(scores) == 0
+    outside = np.array([[-50, -50, -40, -40], [5000, 0, 6000, 90], [10, 10, 10, 40.]])
+    boxes, _, _ = fast_rcnn.detect(net, EXAMPLES[0].image(), outside, testing)
+    assert np.isfinite(boxes).all()
+
+
+# The tables
+
+@pytest.mark.slow
+@pytest.mark.parametrize("table", ["VGG_CNN_M_1024", "VGG16"])
+def test_published_nets_have_the_sizes_of_the_notes(table):
+    class Zeros:                                                        # no time or memory for random numbers
+        def standard_normal(self, shape):
+            return np.broadcast_to(np.float32(0), shape)
+    spec = Spec(tuple("abcdefghijklmnopqrst"), table)
+    net = fast_rcnn.FastRCNN(spec, Zeros(), pretrained=True)
+    inputs = {"VGG_CNN_M_1024": 18432, "VGG16": 25088}[table]
+    assert net.params["head.fc6.w"].shape == (inputs, 4096) and net.params["classifier.w"].shape[1] == 21 and net.params["regressor.w"].shape[1] == 84
+    frozen = {k for k in net.params if k not in net.trained}
+    names = {"VGG_CNN_M_1024": ["conv1"], "VGG16": ["conv1_1", "conv1_2", "conv2_1", "conv2_2"]}[table]
+    assert frozen == {f"trunk.{n}.{p}" for n in names for p in "wb"}
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"table": "x"}, "table must be one of small"), ({"classes": ()}, "classes must be different names"), ({"classes": ("a", "a")}, "classes must be"),
+    ({"std": (0, 1, 1)}, "std must hold 3 finite numbers above 0"), ({"target_std": (1, 1)}, "target_std must hold 4"), ({"dropout": 1}, "dropout lie in"),
+    ({"short": ()}, "there must be a short side"), ({"short": (3,)}, "short 0 must be at least 16")])
+def test_wrong_specs_are_named(change, message):
+    with pytest.raises(ValueError, match=rf"^fast_rcnn\.Spec: .*{message}"):
+        Spec(**{**vars(SPEC), **change})
+
+
+@pytest.mark.parametrize("change", [{"name": "x"}, {"accumulate": "x"}, {"batch": 0}, {"chunk": 0}, {"fraction": 2}, {"low": 0.6}, {"gamma": -1}])
+def test_wrong_samplers_are_named(change):
+    with pytest.raises(ValueError, match=r"^fast_rcnn\.Sampler: "):
+        Sampler(**change)
+
+

@@ -1,0 +1,397 @@
+"""Fast R-CNN (Girshick, 1504.08083), the detector that OHEM (Shrivastava, Gupta and Girshick, 1604.03540) trains.
+
+A trunk runs once on the image. Each region proposed for it is max-pooled from the trunk's map to a fixed size (ops/roi_pool.py), and the head says
+which class it holds and where the object's box lies. Training needs a few regions of the thousands: ops/ohem.py has the ways to choose.
+
+Differences from the papers' code: boxes are continuous (the regions are made inclusive, x2 - 1, where they are pooled); the background is the last class, not
+the first (import_weights turns published weights); images are RGB unless import_weights says otherwise.
+"""
+import dataclasses
+
+import numpy as np
+
+from tinydet import augment, checks
+from tinydet.backend import array_module, put, to_numpy
+from tinydet.layers import LRN, BatchNorm, Composite, Conv2D, Dropout, Flatten, Linear, MaxPool, ReLU, Sequential
+from tinydet.ops import assign, box_voting, boxes as box_ops, nms, ohem, roi_loss, roi_pool, softmax_loss
+
+# Trunks and heads, row by row: ("name", kernel, stride, pad, channels), LRN(...), MaxPool(...); then what the head has. The two published ones from
+# the ohem notes, sec. 1.3; "small" is ours (CHOICE), with batch norm, for training from scratch
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """trunk: rows; pool: side of the pooled regions; scale: cells of the map a pixel; hidden: outputs of the head's layers; frozen: rows of the
+    trunk that do not train when they come from published weights; norm: batch norm behind each convolution."""
+
+    trunk: tuple
+    pool: int
+    scale: float
+    hidden: tuple
+    frozen: tuple = ()
+    norm: bool = False
+
+
+def _vgg16():
+    rows, blocks = [], ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
+    for b, (channels, count) in enumerate(blocks, 1):
+        rows += [(f"conv{b}_{i}", 3, 1, 1, channels) for i in range(1, count + 1)]
+        rows += [("max", 2, 2)] * (b < len(blocks))
+    return tuple(rows)
+
+
+TABLES = {
+    "small": Table((("conv1", 4, 2, 1, 24), ("conv2", 3, 1, 1, 32), ("max", 2, 2), ("conv3", 3, 1, 1, 64), ("conv4", 3, 1, 1, 64)), 5, 1 / 4, (128,), norm=True),
+    "VGG_CNN_M_1024": Table((("conv1", 7, 2, 0, 96), ("lrn",), ("max", 3, 2), ("conv2", 5, 2, 1, 256), ("lrn",), ("max", 3, 2),
+                             ("conv3", 3, 1, 1, 512), ("conv4", 3, 1, 1, 512), ("conv5", 3, 1, 1, 512)), 6, 1 / 16, (4096, 1024), ("conv1",)),
+    "VGG16": Table(_vgg16(), 7, 1 / 16, (4096, 4096), ("conv1_1", "conv1_2", "conv2_1", "conv2_2")),
+}
+
+
+@dataclasses.dataclass
+class Spec:
+    """What a Fast R-CNN is, apart from its arrays. Saved as JSON beside them.
+
+    short, longest: training scales (the short side of the image in pixels, as the paper has it: 600) and the limit of the long side (1000).
+    mean, std: of the pixels, one number for all channels or three; target_mean, target_std: by which the four numbers of a box are normalised
+    (notes, sec. 1.5: fixed numbers, or those of the training regions, target_statistics).
+    """
+
+    classes: tuple
+    table: str = "small"
+    short: tuple = (600,)
+    longest: int = 1000
+    dropout: float = 0.5
+    mean: tuple = (122.7717, 115.9465, 102.9801)
+    std: tuple = (1.0, 1.0, 1.0)
+    target_mean: tuple = (0.0, 0.0, 0.0, 0.0)
+    target_std: tuple = (0.1, 0.1, 0.2, 0.2)
+
+    def __post_init__(self):
+        """Raise ValueError or TypeError for what describes no net."""
+        op = "fast_rcnn.Spec"
+        if self.table not in TABLES:
+            raise ValueError(f"{op}: table must be one of {', '.join(TABLES)}, got {self.table!r}")
+        if not self.classes or not all(isinstance(c, str) for c in self.classes) or len(set(self.classes)) < len(self.classes):
+            raise ValueError(f"{op}: classes must be different names, at least one, got {self.classes!r}")
+        checks.small(op, 16, longest=self.longest, **{f"short {i}": s for i, s in enumerate(self.short)})
+        for name, count, least in (("mean", 3, -np.inf), ("std", 3, 0), ("target_mean", 4, -np.inf), ("target_std", 4, 0)):
+            values = getattr(self, name)
+            if len(values) != count or not all(least < v < np.inf for v in values):
+                raise ValueError(f"{op}: {name} must hold {count} finite numbers{' above 0' if least == 0 else ''}, got {values!r}")
+        if not self.short or not 0 <= self.dropout < 1:
+            raise ValueError(f"{op}: there must be a short side, and dropout lie in [0, 1), got {self.short!r}, {self.dropout}")
+
+    @property
+    def background(self):
+        """The label of the background: the last."""
+        return len(self.classes)
+
+
+class FastRCNN(Composite):
+    """The net of a Spec. Parts: trunk (images to a map), head (pooled regions to numbers), classifier (K + 1), regressor (4 * (K + 1)).
+
+    Weights of trunk and hidden layers by He's rule, classifier N(0, 0.01^2), regressor N(0, 0.001^2) (notes, sec. 1.3), biases 0.
+    pretrained=True: the table's frozen layers do not train, as the paper has it for published weights.
+    """
+
+    def __init__(self, spec, rng, dtype=np.float32, pretrained=False):
+        self.spec, self.table, self.dtype = spec, TABLES[spec.table], np.dtype(dtype)
+        trunk, channels = {}, 3
+        for k, (name, *row) in enumerate(self.table.trunk):
+            if name == "max":
+                trunk[f"pool{k}"] = MaxPool(*row, ceil=True)                        # Caffe's pooling
+            elif name == "lrn":
+                trunk[f"lrn{k}"] = LRN(5, 5e-4, 0.75, 2.0)
+            else:
+                kernel, stride, pad, out = row
+                trunk[name] = Conv2D(channels, out, kernel, stride, pad, rng=rng, dtype=dtype, relu=not self.table.norm)
+                if pretrained and name in self.table.frozen:
+                    trunk[name].freeze()
+                if self.table.norm:
+                    trunk[f"{name}_norm"] = BatchNorm(out, dtype=dtype, relu=True)
+                channels = out
+        head, width, K = {"flatten": Flatten()}, self.table.pool ** 2 * channels, spec.background
+        for k, hidden in enumerate(self.table.hidden, 6):
+            head |= {f"fc{k}": Linear(width, hidden, rng=rng, dtype=dtype), f"relu{k}": ReLU(), f"drop{k}": Dropout(spec.dropout)}
+            width = hidden
+        super().__init__(trunk=_named(trunk, input_grad=False), head=_named(head), classifier=Linear(width, K + 1, rng=rng, std=0.01, dtype=dtype),
+                         regressor=Linear(width, 4 * (K + 1), rng=rng, std=0.001, dtype=dtype))
+
+    def normalise(self, images):
+        """uint8 images (N, H, W, 3) as the float array the net takes."""
+        mean, std = (np.array(v, self.dtype) for v in (self.spec.mean, self.spec.std))
+        return (np.asarray(images, self.dtype) - mean) / std
+
+    def features(self, x, train=False, rng=None):
+        """The trunk's map of images x (N, H, W, 3), and its cache."""
+        return self.parts["trunk"].forward(x, train, rng)
+
+    def regions(self, maps, rois, train=False, rng=None):
+        """What the head says of regions: scores (R, K + 1), deltas (R, 4 * (K + 1)), normalised, and cache.
+
+        rois: (R, 5), image index and continuous box in pixels of x, in the map's dtype. Pooled as Caffe does it, last pixels inclusive.
+        """
+        last_pixel = array_module(rois).asarray([0, 0, 0, 1, 1], rois.dtype)
+        pooled, pool_cache = roi_pool.forward(maps, rois - last_pixel, self.table.pool, self.table.scale)
+        hidden, head_cache = self.parts["head"].forward(pooled, train, rng)
+        scores, scores_cache = self.parts["classifier"].forward(hidden, train, rng)
+        deltas, deltas_cache = self.parts["regressor"].forward(hidden, train, rng)
+        return scores, deltas, (pool_cache, head_cache, scores_cache, deltas_cache)
+
+    def backward_regions(self, dscores, ddeltas, cache):
+        """Add the head's gradients to `grads`, and return that of the map."""
+        pool_cache, head_cache, scores_cache, deltas_cache = cache
+        dhidden = self.parts["classifier"].backward(dscores, scores_cache) + self.parts["regressor"].backward(ddeltas, deltas_cache)
+        return roi_pool.backward(self.parts["head"].backward(dhidden, head_cache), pool_cache)
+
+    def forward(self, x, rois, train=False, rng=None):
+        """Scores and deltas of regions of images x, and cache."""
+        maps, trunk_cache = self.features(x, train, rng)
+        scores, deltas, cache = self.regions(maps, rois, train, rng)
+        return scores, deltas, (trunk_cache, cache)
+
+    def backward(self, dscores, ddeltas, cache):
+        """Add the gradients of all parameters to `grads`; the image gets none."""
+        trunk_cache, regions_cache = cache
+        self.parts["trunk"].backward(self.backward_regions(dscores, ddeltas, regions_cache), trunk_cache)
+
+
+def _named(parts, **options):
+    """A Sequential whose parts have names of their own."""
+    chain = Sequential(*parts.values(), **options)
+    chain.parts = dict(parts)
+    return chain
+
+
+# Regions and what each must answer
+
+@dataclasses.dataclass
+class Regions:
+    """The regions of one image with their answers. boxes: (R, 4) float64, pixels of the net's input; labels: (R,) int64, K is the background, -1 is
+    ignored; targets: (R, 4), normalised; overlaps: (R,) largest IoU with an object."""
+
+    boxes: np.ndarray
+    labels: np.ndarray
+    targets: np.ndarray
+    overlaps: np.ndarray
+
+
+def label(spec, proposals, boxes, labels, difficult=None, high=0.5, append=True):
+    """What each region of an image must answer (ohem notes, sec. 1.6 and 2.1).
+
+    The label is that of the object of largest IoU, first wins, where that is >= high, else the background; the target of the box is that object,
+    coded by boxes.encode and normalised. Regions whose IoU with a difficult object is >= high, and above that with any other, are ignored: such
+    objects are always "hard" (notes, sec. 3).
+    append=True (training only): the objects themselves are regions, too. They stand first.
+    proposals: (M, 4), boxes: (G, 4) float64, labels: (G,), difficult: (G,) bool. Returns Regions.
+    """
+    usable = np.ones(len(boxes), bool) if difficult is None else ~difficult
+    regions = np.concatenate([boxes[usable], proposals]) if append else proposals
+    R, background = len(regions), spec.background
+    answer, targets, overlaps = np.full(R, background), np.zeros((R, 4)), np.zeros(R)
+    if R and usable.any():
+        best, overlaps, _, _ = assign.best(regions, boxes[usable])
+        positive = overlaps >= high
+        answer[positive] = labels[usable][best[positive]]
+        coded = box_ops.encode(regions[positive], boxes[usable][best[positive]])
+        targets[positive] = (coded - spec.target_mean) / spec.target_std
+    if R and not usable.all():
+        _, ignored, _, _ = assign.best(regions, boxes[~usable])
+        answer[(ignored >= high) & (ignored > overlaps)] = -1
+    return Regions(regions, answer, targets, overlaps)
+
+
+# One training step
+
+SAMPLERS = ("random", "ohem", "ssd", "focal", "all")
+ACCUMULATE = ("mean_of_means", "global_mean")
+
+
+@dataclasses.dataclass
+class Sampler:
+    """Which regions train, and how their losses add up.
+
+    random: Fast R-CNN's quotas (fraction, low; notes 1.6). ohem: the hardest (threshold, per_label; notes 2.1 and 2.2; low does not count).
+    ssd: all of a class and `ratio` times as many of the hardest background, both terms divided by the former (notes, sec. 3). focal: all, each
+    faded by (1 - p)^gamma. all: all regions, the mean (the paper's B = 2048).
+    batch: regions of a step, over all its images. accumulate: "mean_of_means": the mean over the images of the means over each one's regions
+    (Caffe's, sec. 2.4), "global_mean": over all regions. chunk: regions scored at a time, in which nothing is kept for backward.
+    noisy: dropout in the scoring pass, as the released prototxt has it; without, the choice depends on nothing random.
+    """
+
+    name: str = "ohem"
+    batch: int = 128
+    fraction: float = 0.25
+    low: float = 0.1
+    threshold: float = 0.7
+    per_label: bool = True
+    ratio: int = 3
+    gamma: float = 2.0
+    accumulate: str = "mean_of_means"
+    chunk: int = 512
+    noisy: bool = False
+
+    def __post_init__(self):
+        op = "fast_rcnn.Sampler"
+        if self.name not in SAMPLERS or self.accumulate not in ACCUMULATE:
+            raise ValueError(f"{op}: name must be one of {', '.join(SAMPLERS)} and accumulate of {', '.join(ACCUMULATE)}, got {self.name!r}, "
+                             f"{self.accumulate!r}")
+        checks.whole(op, 1, batch=self.batch, chunk=self.chunk, ratio=self.ratio)
+        if not (0 <= self.fraction <= 1 and 0 <= self.low <= 0.5 and 0 <= self.gamma < np.inf):
+            raise ValueError(f"{op}: fraction must lie in [0, 1], low in [0, 0.5] and gamma be finite and at least 0, got {self.fraction}, {self.low}, "
+                             f"{self.gamma}")
+
+
+def score(net, maps, rois, labels, targets, sampler, rng=None):
+    """The read-only pass: the loss of every region (R,), in chunks of which nothing is kept (ohem notes, sec. 2.1 and 2.3).
+
+    It touches no gradient and no running average. ssd ranks by the classification loss alone.
+    """
+    parts = []
+    for first in range(0, len(rois), sampler.chunk):
+        some = slice(first, first + sampler.chunk)
+        scores, deltas, _ = net.regions(maps, rois[some], sampler.noisy, rng)
+        parts.append(roi_loss.each(scores, deltas, labels[some], targets[some], box_weight=0.0 if sampler.name == "ssd" else 1.0))
+    return array_module(maps).concatenate(parts) if parts else maps[:0, 0, 0, 0]
+
+
+def choose(net, maps, n, regions, arrays, sampler, batch, rng):
+    """Indices of the regions of image n that train, on the device of maps. arrays: its rois, labels and targets there."""
+    put = array_module(maps).asarray
+    if sampler.name == "random":
+        return put(ohem.random(regions.labels, regions.overlaps, batch, rng, sampler.fraction, sampler.low))
+    if sampler.name in ("all", "focal"):
+        return put(np.flatnonzero(regions.labels >= 0))
+    losses = score(net, maps, *arrays, sampler, rng)
+    if sampler.name == "ssd":
+        return put(ohem.ssd(to_numpy(losses), regions.labels, regions.overlaps.astype(losses.dtype.name), sampler.ratio))
+    return ohem.select(losses, arrays[0][:, 1:], arrays[1], batch, sampler.threshold, sampler.per_label)
+
+
+def step(net, x, regions, sampler, rng):
+    """Forward, choice of regions, loss and backward for the images x (N, H, W, 3); regions: a list of N Regions. Gradients add up in `net.grads`.
+
+    The trunk runs once; where the choice needs losses, the head runs on all regions first, and then on those chosen (the "two networks" of the
+    notes, sec. 2.3). Returns a dict of numbers, "loss" first, with the share of the regions chosen that hold an object, and the list of the indices
+    chosen in each image.
+    """
+    N, K, dtype = len(x), net.spec.background, x.dtype
+    xp = array_module(x)
+    maps, trunk_cache = net.features(x, True, rng)
+    chosen, picked = [], []
+    for n, r in enumerate(regions):
+        rois = np.column_stack([np.full(len(r.boxes), float(n)), r.boxes])
+        arrays = [xp.asarray(a) for a in (rois.astype(dtype.name), r.labels, r.targets.astype(dtype.name))]
+        chosen.append(choose(net, maps, n, r, arrays, sampler, max(1, sampler.batch // N), rng))
+        picked.append([a[chosen[-1]] for a in arrays])
+    rois, labels, targets = (xp.concatenate(column) for column in zip(*picked))
+    positives = [int((r.labels[to_numpy(c)] < K).sum()) for r, c in zip(regions, chosen)]
+    if sampler.name in ("ssd", "focal"):
+        each = [1 / max(1, sum(positives))] * N
+    elif sampler.accumulate == "global_mean":
+        each = [1 / max(1, len(rois))] * N
+    else:
+        each = [1 / (N * max(1, len(c))) for c in chosen]
+    weights = xp.asarray(np.repeat(each, [len(c) for c in chosen]).astype(dtype.name))
+    gamma = sampler.gamma if sampler.name == "focal" else 0.0
+    scores, deltas, cache = net.regions(maps, rois, True, rng)
+    value, dscores, ddeltas = roi_loss.loss(scores, deltas, labels, targets, weights, gamma=gamma)
+    net.parts["trunk"].backward(net.backward_regions(dscores, ddeltas, cache), trunk_cache)
+    count = len(rois)
+    return {"loss": value, "regions": count, "positive": sum(positives) / max(1, count)}, chosen
+
+
+# Training images and detection
+
+def training_image(spec, example, proposals, rng, mirror=True):
+    """One image at one of the training scales, with its proposals: uint8 (h, w, 3), proposals, boxes, labels, difficult, in its pixels.
+
+    Mirrored half of the time (CHOICE: the papers' list holds every image twice), the scale drawn from spec.short (notes, sec. 1.1 and 1.9).
+    """
+    image, boxes = example.image(), np.concatenate([example.boxes, proposals])
+    if mirror:
+        image, boxes = augment.random_flip(image, boxes, rng)
+    short = spec.short[rng.integers(len(spec.short))]
+    image, boxes = augment.scale(image, boxes, augment.short_side_factor(image, short, spec.longest))
+    count = len(example.boxes)
+    return image, boxes[count:], boxes[:count], example.labels, example.difficult
+
+
+def batch(net, images):
+    """Images of different sizes as one array for the net, normalised: in the upper left corner, the rest 0 (the mean)."""
+    H, W = (max(image.shape[k] for image in images) for k in (0, 1))
+    x = np.zeros((len(images), H, W, 3), net.dtype)
+    for n, image in enumerate(images):
+        x[n, :image.shape[0], :image.shape[1]] = net.normalise(image[None])[0]
+    return x
+
+
+@dataclasses.dataclass
+class Testing:
+    """How detections are made (ohem notes, sec. 1.9). short, longest: scales, each region at the one where its area is nearest 224^2 (`near`).
+
+    min_score, nms, limit: a class keeps what scores more, NMS at this IoU, then the best `limit` of an image over all classes (ties at the last
+    score are cut by order, CHOICE). iterate: the boxes found go in as regions once more, and of both lists the kept boxes become the score-weighted
+    mean of those that overlap by at least `vote` (MR-CNN's iterative boxes and voting).
+    """
+
+    short: tuple = (600,)
+    longest: int = 1000
+    near: float = 224.0
+    min_score: float = 0.05
+    nms: float = 0.3
+    limit: int = 100
+    iterate: bool = False
+    vote: float = 0.5
+    chunk: int = 512
+
+
+def detect(net, image, proposals, testing):
+    """All detections in one image. image: uint8 (H, W, 3), proposals (M, 4) float64, in its pixels.
+
+    Returns boxes (R, 4) float64, cut at the image, labels (R,), scores (R,), by falling score (ties: lower label, then order of proposals).
+    """
+    pyramid = [net.features(put(batch(net, [scaled])))[0] for scaled in (_at(image, s, testing.longest) for s in testing.short)]
+    factors = np.array([augment.short_side_factor(image, s, testing.longest) for s in testing.short])
+    p, boxes = look(net, image, pyramid, factors, proposals, testing)
+    if testing.iterate and len(p):
+        rows, labels = np.nonzero(p[:, :-1] > testing.min_score)
+        again_p, again = look(net, image, pyramid, factors, boxes[rows, labels], testing)
+        p, boxes = np.concatenate([p, again_p]), np.concatenate([boxes, again])
+    found = []
+    for k in range(net.spec.background):
+        seen = p[:, k] > testing.min_score
+        b, s = boxes[seen, k], p[seen, k]
+        kept = nms.nms(b, s, testing.nms)
+        voted = box_voting.box_voting(b[kept], b, s, testing.vote) if testing.iterate else b[kept]
+        found.append((voted, np.full(len(kept), k), s[kept]))
+    boxes, labels, scores = map(np.concatenate, zip(*found))
+    best = np.argsort(-scores, kind="stable")[:testing.limit]
+    return boxes[best], labels[best], scores[best]
+
+
+def _at(image, short, longest):
+    return augment.scale(image, np.zeros((0, 4)), augment.short_side_factor(image, short, longest))[0]
+
+
+def look(net, image, pyramid, factors, regions, testing):
+    """Class probabilities (M, K + 1) and boxes (M, K, 4) of regions (M, 4), float64, in pixels of the image, cut at its border.
+
+    Each region is pooled at the scale where its area is nearest near^2. Regions without area in the image give no probability.
+    """
+    K, spec = net.spec.background, net.spec
+    p, boxes = np.zeros((len(regions), K + 1)), np.zeros((len(regions), K, 4))
+    area = box_ops.area(regions)
+    level = abs(area[:, None] * factors ** 2 - testing.near ** 2).argmin(1)
+    for n, (maps, factor) in enumerate(zip(pyramid, factors)):
+        mine = np.flatnonzero((level == n) & (area > 0))
+        for first in range(0, len(mine), testing.chunk):
+            some = mine[first:first + testing.chunk]
+            rois = np.column_stack([np.zeros(len(some)), regions[some] * factor]).astype(net.dtype)
+            scores, deltas, _ = net.regions(maps, put(rois))
+            p[some] = softmax_loss.softmax(to_numpy(scores).astype(np.float64))
+            deltas = to_numpy(deltas).reshape(-1, K + 1, 4)[:, :K].astype(np.float64) * spec.target_std + spec.target_mean
+            for k in range(K):
+                boxes[some, k] = box_ops.clip(box_ops.decode(regions[some], deltas[:, k]), *image.shape[:2])
+    return p, boxes
