@@ -72,9 +72,9 @@ def test_label_without_objects_or_proposals():
 def test_two_networks_are_zeroing(backend, accumulate):
     """Only the hard regions forward and backward give the gradient of all of them with the others' losses set to 0 (notes, sec. 2.3)."""
     with use(backend) as put:
-        net = small().to(put)
+        net = small(short=(48,)).to(put)
         x, regions = given(net)
-        values, chosen = fast_rcnn.step(net, put(x), regions, Sampler(batch=24, accumulate=accumulate), np.random.default_rng(1))
+        values, chosen = fast_rcnn.step(net, put(x), regions, Sampler(batch=12, accumulate=accumulate), np.random.default_rng(1))
         two = cleared(net)
         rois = np.concatenate([np.column_stack([np.full(len(r.boxes), float(n)), r.boxes]) for n, r in enumerate(regions)])
         weights, at = np.zeros(len(rois)), 0
