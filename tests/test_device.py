@@ -14,7 +14,7 @@ from tinydet import draw, emulate, layers, optim, scenes, to_numpy, train, use
 from tinydet.backend import put
 from tinydet.cases import CASES
 from tinydet.models import overfeat
-from tinydet.ops import focal_loss, logistic_loss, softmax_loss
+from tinydet.ops import focal_loss, logistic_loss, roi_loss, softmax_loss
 
 pytestmark = pytest.mark.skipif(emulate.missing() is not None, reason=str(emulate.missing()))
 DIFFERENTIABLE = [c for c in CASES if c.kind in ("gradient", "loss")]
@@ -177,7 +177,8 @@ def test_nets_move_save_and_fold(tmp_path):
 
 
 @pytest.mark.parametrize("loss", [lambda x, y: focal_loss.loss(x, y)[0], lambda x, y: logistic_loss.loss(x, y, signed=True)[0],
-                                  lambda x, y: softmax_loss.loss(x, y[:, 0])[0]])
+                                  lambda x, y: softmax_loss.loss(x, y[:, 0])[0],
+                                  lambda x, y: roi_loss.loss(x, put(np.ones((3, 8))), y[:, 0], put(np.zeros((3, 4))))[0]])
 @pytest.mark.parametrize("wrong", [2, 255, 256, 257, -2, -257, 2**31, 2**40])
 def test_a_label_out_of_range_makes_the_loss_nan(loss, wrong):
     with use("cuda") as put:

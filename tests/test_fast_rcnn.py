@@ -184,6 +184,29 @@ def test_overfits_four_images_and_finds_their_objects(sampler):
     assert np.isfinite(boxes).all()
 
 
+def test_regions_are_pooled_with_their_last_pixel_and_at_the_map_s_scale(monkeypatch):
+    net, seen = small(), []
+    monkeypatch.setattr(fast_rcnn.roi_pool, "forward", lambda maps, rois, size, scale, f=fast_rcnn.roi_pool.forward: (
+        seen.append((rois.copy(), size, scale)), f(maps, rois, size, scale))[1])
+    net.regions(np.zeros((2, 9, 9, 64)), np.array([[1, 4, 8, 12, 20.]]))
+    assert seen[0][0].tolist() == [[1, 4, 8, 11, 19]] and seen[0][1:] == (5, 0.25)
+
+
+def test_look_takes_each_region_at_the_nearest_scale_and_cuts_its_boxes(monkeypatch):
+    net, seen = small(), []
+    monkeypatch.setattr(net, "regions", lambda maps, rois: (seen.append((maps, rois[:, 1:].tolist())), (
+        np.tile(np.arange(7.0), (len(rois), 1)), np.full((len(rois), 28), 2.0), None))[1])
+    regions = np.array([[0, 0, 40, 40], [10, 10, 20, 20], [30, 30, 30, 50], [-60, 0, -50, 10.]])
+    p, boxes = fast_rcnn.look(net, np.zeros((50, 60, 3), np.uint8), ["small", "large"], np.array([1.0, 4.0]), regions, fast_rcnn.Testing(near=40.0))
+    assert [(m, r) for m, r in seen] == [("small", [[0, 0, 40, 40]]), ("large", [[40, 40, 80, 80], [-240, 0, -200, 40]])]
+    assert_allclose(p.sum(1), [1, 1, 0, 1])                             # a region without area is not looked at
+    side = 10 * np.exp(0.4)
+    assert_allclose(boxes[1, 3], [17 - side / 2, 17 - side / 2, 17 + side / 2, 17 + side / 2], rtol=1e-9)
+    assert (boxes >= 0).all() and (boxes[..., [0, 2]] <= 60).all() and (boxes[..., [1, 3]] <= 50).all()
+    found, _, _ = fast_rcnn.detect(net, np.zeros((50, 60, 3), np.uint8), regions[3:], fast_rcnn.Testing(short=(50,), min_score=0.0))
+    assert len(found) == 0                                              # nothing of its box is left in the image
+
+
 # The tables
 
 @pytest.mark.slow

@@ -117,6 +117,16 @@ def test_random_keeps_the_quotas(seed, R, batch, low):
     assert len(chosen) - n == min(batch - n, negative.sum())
 
 
+def test_random_takes_low_itself_and_not_high():
+    overlaps, rng = np.array([0.1, 0.0999, 0.5, 0.4999]), np.random.default_rng(0)
+    assert ohem.random(np.zeros(4, int), overlaps, 8, rng, fraction=0.5).tolist() == [2, 0, 3]
+
+
+def test_ssd_without_a_positive_trains_nothing():
+    assert ohem.ssd(np.arange(4.0), np.full(4, 2), np.zeros(4)).tolist() == []
+    assert ohem.ssd(np.arange(5.0), np.zeros(5, int), np.array([0.9, 0, 0, 0, 0]), ratio=2).tolist() == [0, 4, 3]
+
+
 def test_random_draws_evenly():
     overlaps, labels = np.r_[np.full(4, 0.9), np.full(8, 0.2), np.full(8, 0.05)], np.zeros(20, int)
     counts = np.zeros(20)

@@ -351,6 +351,7 @@ def detect(net, image, proposals, testing):
     """All detections in one image. image: uint8 (H, W, 3), proposals (M, 4) float64, in its pixels.
 
     Returns boxes (R, 4) float64, cut at the image, labels (R,), scores (R,), by falling score (ties: lower label, then order of proposals).
+    Boxes of which nothing is left in the image are dropped.
     """
     pyramid = [net.features(put(batch(net, [scaled])))[0] for scaled in (_at(image, s, testing.longest) for s in testing.short)]
     factors = np.array([augment.short_side_factor(image, s, testing.longest) for s in testing.short])
@@ -361,7 +362,7 @@ def detect(net, image, proposals, testing):
         p, boxes = np.concatenate([p, again_p]), np.concatenate([boxes, again])
     found = []
     for k in range(net.spec.background):
-        seen = p[:, k] > testing.min_score
+        seen = (p[:, k] > testing.min_score) & (box_ops.area(boxes[:, k]) > 0)
         b, s = boxes[seen, k], p[seen, k]
         kept = nms.nms(b, s, testing.nms)
         voted = box_voting.box_voting(b[kept], b, s, testing.vote) if testing.iterate else b[kept]
