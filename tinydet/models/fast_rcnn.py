@@ -256,8 +256,8 @@ def score(net, maps, rois, labels, targets, sampler, rng=None):
     return array_module(maps).concatenate(parts) if parts else maps[:0, 0, 0, 0]
 
 
-def choose(net, maps, n, regions, arrays, sampler, batch, rng):
-    """Indices of the regions of image n that train, on the device of maps. arrays: its rois, labels and targets there."""
+def choose(net, maps, regions, arrays, sampler, batch, rng):
+    """Indices of the regions of an image that train, on the device of maps. arrays: their rois, labels and targets there."""
     put = array_module(maps).asarray
     if sampler.name == "random":
         return put(ohem.random(regions.labels, regions.overlaps, batch, rng, sampler.fraction, sampler.low))
@@ -283,7 +283,7 @@ def step(net, x, regions, sampler, rng):
     for n, r in enumerate(regions):
         rois = np.column_stack([np.full(len(r.boxes), float(n)), r.boxes])
         arrays = [xp.asarray(a) for a in (rois.astype(dtype.name), r.labels, r.targets.astype(dtype.name))]
-        chosen.append(choose(net, maps, n, r, arrays, sampler, max(1, sampler.batch // N), rng))
+        chosen.append(choose(net, maps, r, arrays, sampler, max(1, sampler.batch // N), rng))
         picked.append([a[chosen[-1]] for a in arrays])
     rois, labels, targets = (xp.concatenate(column) for column in zip(*picked))
     positives = [int((r.labels[to_numpy(c)] < K).sum()) for r, c in zip(regions, chosen)]
@@ -353,8 +353,8 @@ def detect(net, image, proposals, testing):
     Returns boxes (R, 4) float64, cut at the image, labels (R,), scores (R,), by falling score (ties: lower label, then order of proposals).
     Boxes of which nothing is left in the image are dropped.
     """
-    pyramid = [net.features(put(batch(net, [scaled])))[0] for scaled in (_at(image, s, testing.longest) for s in testing.short)]
     factors = np.array([augment.short_side_factor(image, s, testing.longest) for s in testing.short])
+    pyramid = [net.features(put(batch(net, [augment.scale(image, np.zeros((0, 4)), f)[0]])))[0] for f in factors]
     p, boxes = look(net, image, pyramid, factors, proposals, testing)
     if testing.iterate and len(p):
         rows, labels = np.nonzero(p[:, :-1] > testing.min_score)
@@ -370,10 +370,6 @@ def detect(net, image, proposals, testing):
     boxes, labels, scores = map(np.concatenate, zip(*found))
     best = np.argsort(-scores, kind="stable")[:testing.limit]
     return boxes[best], labels[best], scores[best]
-
-
-def _at(image, short, longest):
-    return augment.scale(image, np.zeros((0, 4)), augment.short_side_factor(image, short, longest))[0]
 
 
 def look(net, image, pyramid, factors, regions, testing):
