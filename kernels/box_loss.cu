@@ -8,24 +8,10 @@
 
 #define NUMBERS 4
 
-// The sum over the block, for thread 0
-__device__ double block_sum(double sum)
-{
-    __shared__ double sums[8];
-    for (int d = 16; d > 0; d /= 2)
-        sum += __shfl_down_sync(0xffffffff, sum, d);
-    if (threadIdx.x % 32 == 0)
-        sums[threadIdx.x / 32] = sum;
-    __syncthreads();
-    if (threadIdx.x == 0)
-        for (int w = 1; w < 8; w++)
-            sum += sums[w];
-    return sum;
-}
-
 extern "C" __global__
 void box_loss_l2(const real* x, const real* target, const bool* mask, const long long* count, real* dx, double* partials, int n, int D)
 {
+    __shared__ double sums[8];
     double sum = 0, kept = *count > 1 ? *count : 1;
     unsigned first = blockIdx.x * (256 * NUMBERS) + threadIdx.x;
     for (int e = 0; e < NUMBERS && first + 256 * e < (unsigned)n; e++) {
@@ -34,7 +20,7 @@ void box_loss_l2(const real* x, const real* target, const bool* mask, const long
         sum += d * d;
         dx[i] = d / (real)kept;
     }
-    sum = block_sum(sum);
+    sum = block_sum(sum, sums);
     if (threadIdx.x == 0)
         partials[blockIdx.x] = sum / 2 / kept;
 }
@@ -43,6 +29,7 @@ extern "C" __global__
 void box_loss_smooth_l1(const real* x, const real* target, const bool* mask, const long long* count, real* dx, double* partials,
                         int n, int D, real beta)
 {
+    __shared__ double sums[8];
     double sum = 0, kept = *count > 1 ? *count : 1;
     real half = beta / 2;
     unsigned first = blockIdx.x * (256 * NUMBERS) + threadIdx.x;
@@ -57,7 +44,7 @@ void box_loss_smooth_l1(const real* x, const real* target, const bool* mask, con
         }
         dx[i] = slope / (real)kept;
     }
-    sum = block_sum(sum);
+    sum = block_sum(sum, sums);
     if (threadIdx.x == 0)
         partials[blockIdx.x] = sum / kept;
 }

@@ -39,14 +39,7 @@ void focal_loss_entries(const real* x, const u8* labels, const long long* positi
         }
         dx[i] = d;
     }
-    for (int d = 16; d > 0; d /= 2)
-        sum += __shfl_down_sync(0xffffffff, sum, d);
-    if (threadIdx.x % 32 == 0)
-        sums[threadIdx.x / 32] = sum;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        for (int w = 1; w < 8; w++)
-            sum += sums[w];
+    sum = block_sum(sum, sums);
+    if (threadIdx.x == 0)
         partials[blockIdx.x] = sum;
-    }
 }

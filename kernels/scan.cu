@@ -22,16 +22,9 @@ void scan_totals(const item* x, total* totals, int n)
     for (int r = 0; r < ROUNDS; r++)
         if (first + 32 * r < (unsigned)n)
             sum += x[first + 32 * r];
-    for (int d = 16; d > 0; d /= 2)
-        sum += __shfl_down_sync(0xffffffff, sum, d);
-    if (lane == 0)
-        sums[warp] = sum;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        for (int w = 1; w < WARPS; w++)
-            sum += sums[w];
+    sum = block_sum(sum, sums);
+    if (threadIdx.x == 0)
         totals[blockIdx.x] = sum;
-    }
 }
 
 extern "C" __global__

@@ -35,12 +35,7 @@ void softmax_loss_rows(const real* x, const long long* labels, const long long* 
         for (int k = lane; k < K; k += 32)
             dx[r * K + k] = known ? (exp(row[k] - top) / sum - (k == label)) / (real)n : (real)NOT_A_NUMBER;
     }
-    if (lane == 0)
-        losses[warp] = loss;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        for (int w = 1; w < WARPS; w++)
-            loss += losses[w];
+    loss = block_sum(lane == 0 ? loss : 0.0, losses);                       // each lane of a warp has it
+    if (threadIdx.x == 0)
         partials[blockIdx.x] = loss / n;
-    }
 }
