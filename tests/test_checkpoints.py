@@ -106,7 +106,7 @@ def test_a_saved_net_keeps_its_dtype(tmp_path):
 def test_a_net_of_another_description_is_refused(tmp_path, change):
     good = {"model": "overfeat", "spec": {"classes": ["a"], "scales": [1]}, "settings": {}}
     files.write_arrays(tmp_path / "w.npz", {}, good | change)
-    with pytest.raises(ValueError, match=r"^overfeat\.load: .*w\.npz must describe an OverFeat net, got: "):
+    with pytest.raises(ValueError, match=r"^overfeat\.load: .*w\.npz must describe a net of overfeat, got: "):
         overfeat.load(tmp_path / "w.npz")
 
 

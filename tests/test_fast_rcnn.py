@@ -4,7 +4,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from conftest import RUNNING
-from tinydet import evaluate, optim, scenes, to_numpy, use
+from tinydet import evaluate, files, optim, scenes, to_numpy, use
 from tinydet.models import fast_rcnn
 from tinydet.models.fast_rcnn import Sampler, Spec
 from tinydet.ops import boxes as box_ops, ohem, roi_loss
@@ -63,6 +63,76 @@ def test_label_without_objects_or_proposals():
     assert len(fast_rcnn.label(SPEC, empty, empty, none).labels) == 0
     assert fast_rcnn.label(SPEC, empty, np.array([[0, 0, 5, 5.]]), np.array([3])).labels.tolist() == [3]
     assert fast_rcnn.label(SPEC, empty, np.array([[0, 0, 5, 5.]]), np.array([3]), np.array([True])).labels.tolist() == []
+
+
+def test_targets_are_normalised_class_by_class():
+    boxes, labels, proposals = np.array([[0, 0, 10, 10], [20, 0, 30, 20.]]), np.array([1, 0]), np.array([[0, 0, 9, 10], [21, 0, 30, 21.]])
+    plain = dict(vars(SPEC), classes=("a", "b"), target_mean=(0, 0, 0, 0), target_std=(1, 1, 1, 1))
+    v = fast_rcnn.label(Spec(**plain), proposals, boxes, labels).targets
+    each = dict(plain, target_mean=((0.1, 0.2, 0.3, 0.4), (0, 0, 0, 0)), target_std=((1, 2, 3, 4), (0.5, 0.5, 0.5, 0.5)))
+    r = fast_rcnn.label(Spec(**each), proposals, boxes, labels)
+    assert r.labels.tolist() == [1, 0, 1, 0]
+    assert_allclose(r.targets, [v[0] * 2, (v[1] - [0.1, 0.2, 0.3, 0.4]) / [1, 2, 3, 4], v[2] * 2, (v[3] - [0.1, 0.2, 0.3, 0.4]) / [1, 2, 3, 4]], rtol=1e-12)
+
+
+@pytest.mark.parametrize("per_class", [False, True])
+def test_target_statistics_normalise_the_targets(per_class):
+    def labelled(spec):
+        return [fast_rcnn.label(spec, proposals(e, k, 300), e.boxes, e.labels) for k, e in enumerate(EXAMPLES)]
+    mean, std = fast_rcnn.target_statistics(SPEC, labelled(SPEC), per_class)
+    spec = Spec(**{**vars(SPEC), "target_mean": mean, "target_std": std})
+    held = [(r.labels[r.labels < 6], r.targets[r.labels < 6]) for r in labelled(spec)]
+    labels, targets = (np.concatenate(column) for column in zip(*held))
+    for rows in [labels == k for k in range(6)] if per_class else [labels >= 0]:
+        assert_allclose(targets[rows].mean(0), 0, atol=1e-9)
+        assert_allclose(targets[rows].std(0), 1, rtol=1e-9)
+    assert_allclose(np.array(fast_rcnn.target_statistics(spec, labelled(spec), per_class)), np.array([mean, std]), rtol=1e-9)
+
+
+def test_target_statistics_of_classes_with_hardly_a_region():
+    boxes = np.array([[0, 0, 10, 10], [20, 0, 30, 20.]])
+    regions = fast_rcnn.label(SPEC, np.array([[0, 0, 9, 10], [1, 1, 11, 10.]]), boxes, np.array([1, 0]))
+    mean, std = fast_rcnn.target_statistics(SPEC, [regions])
+    v = regions.targets * SPEC.target_std
+    assert_allclose(mean[1], v[regions.labels == 1].mean(0), rtol=1e-12)
+    assert_allclose(mean[0], v[regions.labels < 6].mean(0), rtol=1e-12)      # one region of class 0, none of the others
+    assert_allclose(std[5], v[regions.labels < 6].std(0), rtol=1e-12)
+    single = fast_rcnn.label(SPEC, np.zeros((0, 4)), boxes[:1], np.array([1]))
+    assert np.array(fast_rcnn.target_statistics(SPEC, [single])[1]).min() == 1e-3       # never divides by 0
+    with pytest.raises(ValueError, match=r"^fast_rcnn\.target_statistics: some region must hold an object"):
+        fast_rcnn.target_statistics(SPEC, [fast_rcnn.label(SPEC, boxes, np.zeros((0, 4)), np.zeros(0, int))])
+
+
+def test_folded_net_detects_the_same():
+    each = np.random.default_rng(0).uniform(0.1, 0.3, (2, 6, 4))
+    net = small(target_mean=tuple(map(tuple, each[0] - 0.2)), target_std=tuple(map(tuple, each[1])))
+    net.params["regressor.w"][...] *= 100
+    before = {k: v.copy() for k, v in net.arrays().items()}
+    folded = fast_rcnn.fold_targets(net)
+    assert folded.spec.target_std == (1,) * 4
+    testing = fast_rcnn.Testing(short=(96,), min_score=0.0)
+    ours, other = (fast_rcnn.detect(n, EXAMPLES[0].image(), proposals(EXAMPLES[0]), testing) for n in (net, folded))
+    assert len(ours[0]) > 5
+    for a, b in zip(ours, other):
+        assert_allclose(a, b, rtol=1e-9)
+    for k, v in net.arrays().items():
+        assert_array_equal(v, before[k])
+    assert abs(folded.params["regressor.w"] - net.params["regressor.w"]).max() > 0.01
+
+
+# Training images
+
+def test_training_image_jitters_objects_and_draws_proposals():
+    e, many = EXAMPLES[0], proposals(EXAMPLES[0], 0, 90)
+    _, p, boxes, labels, _ = fast_rcnn.training_image(SPEC, e, many, np.random.default_rng(0), jitter=3, most=20)
+    assert len(p) == 3 * len(e.boxes) + 20 and len(boxes) == len(e.boxes) and labels is e.labels
+    for k, box in enumerate(boxes):
+        overlap = box_ops.iou(p[3 * k:3 * k + 3], box[None])[:, 0]
+        assert (overlap >= 0.6).all() and len(set(overlap)) == 3
+    _, q, *_ = fast_rcnn.training_image(SPEC, e, many, np.random.default_rng(1), mirror=False, most=20)
+    distance = abs(many * 96 / min(e.size) - q[:, None]).max(2)
+    assert distance.min(1).max() < 1 and (np.diff(distance.argmin(1)) > 0).all()                # 20 of them, none twice, in their order
+    assert len(fast_rcnn.training_image(SPEC, e, many[:5], np.random.default_rng(1), most=20)[1]) == 5
 
 
 # The step
@@ -163,6 +233,35 @@ def test_the_hardest_are_chosen_and_background_alone_trains_too():
         assert values["loss"] == 0 and values["regions"] == 0 and not any(g.any() for k, g in net.grads.items())
 
 
+@pytest.mark.parametrize("name", ["ohem", "ssd", "all", "focal"])
+def test_low_keeps_easy_background_out(name):
+    net = small()
+    x, regions = given(net)
+    far = [r.overlaps < 0.2 for r in regions]
+    assert all(f.any() for f in far)
+    _, chosen = fast_rcnn.step(net, x, regions, Sampler(name, low=0.2, batch=200), np.random.default_rng(0))
+    assert not any(f[c].any() for f, c in zip(far, chosen))
+    _, chosen = fast_rcnn.step(net, x, regions, Sampler(name, batch=200), np.random.default_rng(0))
+    assert any(f[c].any() for f, c in zip(far, chosen))
+    assert Sampler("random").low == 0.1 and Sampler("ohem").low == 0
+
+
+def test_mean_loss_is_that_of_all_regions_and_changes_nothing():
+    net = small(dropout=0.5)
+    x, regions = given(net)
+    regions[0].labels[3] = -1
+    before = {k: v.copy() for k, v in net.arrays().items()}
+    total, count = 0.0, 0
+    for n, r in enumerate(regions):
+        scores, deltas, _ = net.forward(x[n:n + 1], np.column_stack([np.zeros(len(r.boxes)), r.boxes]))
+        total += roi_loss.each(scores, deltas, r.labels, r.targets).sum()
+        count += (r.labels >= 0).sum()
+    assert fast_rcnn.mean_loss(net, x, regions, chunk=7) == pytest.approx(total / count, rel=1e-12)
+    for k, v in net.arrays().items():
+        assert_array_equal(v, before[k])
+    assert np.isnan(fast_rcnn.mean_loss(net, x, [fast_rcnn.label(SPEC, np.zeros((0, 4)), np.zeros((0, 4)), np.zeros(0, int))] * 2))
+
+
 @pytest.mark.parametrize("sampler", ["ohem", "random"])
 def test_overfits_four_images_and_finds_their_objects(sampler):
     net = small(np.float32)
@@ -186,10 +285,12 @@ def test_overfits_four_images_and_finds_their_objects(sampler):
 
 def test_regions_are_pooled_with_their_last_pixel_and_at_the_map_s_scale(monkeypatch):
     net, seen = small(), []
-    monkeypatch.setattr(fast_rcnn.roi_pool, "forward", lambda maps, rois, size, scale, f=fast_rcnn.roi_pool.forward: (
-        seen.append((rois.copy(), size, scale)), f(maps, rois, size, scale))[1])
+    monkeypatch.setattr(fast_rcnn.roi_pool, "forward", lambda maps, rois, *more, f=fast_rcnn.roi_pool.forward: (
+        seen.append((rois.copy(), *more)), f(maps, rois, *more))[1])
     net.regions(np.zeros((2, 9, 9, 64)), np.array([[1, 4, 8, 12, 20.]]))
-    assert seen[0][0].tolist() == [[1, 4, 8, 11, 19]] and seen[0][1:] == (5, 0.25)
+    assert seen[0][0].tolist() == [[1, 4, 8, 11, 19]] and seen[0][1:] == (5, 0.25, False)
+    small(float_bins=True).regions(np.zeros((2, 9, 9, 64)), np.array([[1, 4, 8, 12, 20.]]))
+    assert seen[1][1:] == (5, 0.25, True)
 
 
 def test_look_takes_each_region_at_the_nearest_scale_and_cuts_its_boxes(monkeypatch):
@@ -239,3 +340,24 @@ def test_wrong_samplers_are_named(change):
         Sampler(**change)
 
 
+
+
+# Files
+
+def test_saved_and_loaded_net_is_the_same(tmp_path):
+    net = small(np.float32, target_std=((0.1, 0.1, 0.2, 0.2),) * 6)
+    fast_rcnn.save(net, tmp_path / "w.npz", {"short": [96]})
+    other, settings = fast_rcnn.load(tmp_path / "w.npz")
+    assert other.spec == net.spec and settings == {"short": [96]} and other.dtype == net.dtype
+    for k, v in net.arrays().items():
+        assert_array_equal(v, other.arrays()[k])
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"model": "overfeat"}, "the weights of 'overfeat'"), ({"spec": {"colour": 1}}, "TypeError"), ({"spec": {**vars(SPEC), "table": "VGG16"}}, "without its head.fc6.w"),
+    ({"spec": {**vars(SPEC), "short": 5}}, "TypeError"), ({"spec": {**vars(SPEC), "mean": "x"}}, "could not convert"), ({"settings": 3}, "settings 3"),
+    ({"spec": {**vars(SPEC), "target_std": [[1, 1, 1, 1]]}}, "or as many for each class")])
+def test_files_that_hold_no_net_are_refused(tmp_path, change, message):
+    files.write_arrays(tmp_path / "w.npz", {}, {"model": "fast_rcnn", "spec": vars(SPEC), "settings": {}, **change})
+    with pytest.raises(ValueError, match=rf"^fast_rcnn\.load: .*w\.npz must describe a net of fast_rcnn, got: .*{message}"):
+        fast_rcnn.load(tmp_path / "w.npz")

@@ -406,10 +406,10 @@ def test_files_that_hold_no_net_are_refused(tmp_path):
     path, net = tmp_path / "w.npz", small_net(dtype=np.float32)
     good = {"model": "overfeat", "spec": {"classes": ["a"], "scales": [1.0]}, "settings": {}}
     for arrays, meta, message in (
-            ({}, {"steps": 3}, "must describe an OverFeat net"),
-            ({}, {**good, "model": "retinanet"}, "must hold an OverFeat net, got 'retinanet'"),
-            ({}, {**good, "spec": {"colour": 3}}, "must describe an OverFeat net"),
-            *(({}, {**good, "spec": {**good["spec"], **wrong}}, "must describe an OverFeat net, got: " + told) for wrong, told in (
+            ({}, {"steps": 3}, "must describe a net of overfeat"),
+            ({}, {**good, "model": "retinanet"}, "must describe a net of overfeat, got: .*the weights of 'retinanet'"),
+            ({}, {**good, "spec": {"colour": 3}}, "must describe a net of overfeat"),
+            *(({}, {**good, "spec": {**good["spec"], **wrong}}, "must describe a net of overfeat, got: " + told) for wrong, told in (
                 ({"hidden": 10**8}, ".*far larger than the file's arrays"), ({"k": 10**5}, ".*far larger"), ({"pool": 0}, ".*pool must be at least 1"),
                 ({"jump": -1}, ".*jump must"), ({"widths": [1, 2, 3]}, ".*four widths"), ({"widths": [1, 2, 3, 0]}, ".*width 3 must"),
                 ({"scales": [0]}, ".*scales above 0"), ({"scales": "ab"}, ".*scales above 0"), ({"mean": math.nan}, ".*mean be finite"),

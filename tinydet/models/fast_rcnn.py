@@ -6,11 +6,12 @@ which class it holds and where the object's box lies. Training needs a few regio
 Differences from the papers' code: boxes are continuous (the regions are made inclusive, x2 - 1, where they are pooled); the background is the last class, not
 the first (import_weights turns published weights); images are RGB unless import_weights says otherwise.
 """
+import copy
 import dataclasses
 
 import numpy as np
 
-from tinydet import augment, checks
+from tinydet import augment, checks, weights
 from tinydet.backend import array_module, put, to_numpy
 from tinydet.layers import LRN, BatchNorm, Composite, Conv2D, Dropout, Flatten, Linear, MaxPool, ReLU, Sequential
 from tinydet.ops import assign, box_voting, boxes as box_ops, nms, ohem, roi_loss, roi_pool, softmax_loss
@@ -53,8 +54,9 @@ class Spec:
     """What a Fast R-CNN is, apart from its arrays. Saved as JSON beside them.
 
     short, longest: training scales (the short side of the image in pixels, as the paper has it: 600) and the limit of the long side (1000).
-    mean, std: of the pixels, one number for all channels or three; target_mean, target_std: by which the four numbers of a box are normalised
-    (notes, sec. 1.5: fixed numbers, or those of the training regions, target_statistics).
+    mean, std: of the pixels, one for each channel; target_mean, target_std: by which the four numbers of a box are normalised, four for all classes
+    or four for each (notes, sec. 1.5: fixed numbers, or those of the training regions, target_statistics).
+    float_bins: Caffe's bins in float32 where regions are pooled, for parity with nets trained there (ops/roi_pool.py).
     """
 
     classes: tuple
@@ -66,6 +68,7 @@ class Spec:
     std: tuple = (1.0, 1.0, 1.0)
     target_mean: tuple = (0.0, 0.0, 0.0, 0.0)
     target_std: tuple = (0.1, 0.1, 0.2, 0.2)
+    float_bins: bool = False
 
     def __post_init__(self):
         """Raise ValueError or TypeError for what describes no net."""
@@ -76,9 +79,11 @@ class Spec:
             raise ValueError(f"{op}: classes must be different names, at least one, got {self.classes!r}")
         checks.small(op, 16, longest=self.longest, **{f"short {i}": s for i, s in enumerate(self.short)})
         for name, count, least in (("mean", 3, -np.inf), ("std", 3, 0), ("target_mean", 4, -np.inf), ("target_std", 4, 0)):
-            values = getattr(self, name)
-            if len(values) != count or not all(least < v < np.inf for v in values):
-                raise ValueError(f"{op}: {name} must hold {count} finite numbers{' above 0' if least == 0 else ''}, got {values!r}")
+            values = np.array(getattr(self, name), float)
+            shapes = [(count,)] + [(len(self.classes), 4)] * (count == 4)
+            if values.shape not in shapes or not ((values > least) & (values < np.inf)).all():
+                raise ValueError(f"{op}: {name} must hold {count} finite numbers{' above 0' if least == 0 else ''}{', or as many for each class' * (count == 4)}, "
+                                 f"got {getattr(self, name)!r}")
         if not self.short or not 0 <= self.dropout < 1:
             raise ValueError(f"{op}: there must be a short side, and dropout lie in [0, 1), got {self.short!r}, {self.dropout}")
 
@@ -86,6 +91,10 @@ class Spec:
     def background(self):
         """The label of the background: the last."""
         return len(self.classes)
+
+    def normalisation(self):
+        """target_mean and target_std of each class, two arrays (K, 4)."""
+        return tuple(np.broadcast_to(np.array(v, float), (len(self.classes), 4)) for v in (self.target_mean, self.target_std))
 
 
 class FastRCNN(Composite):
@@ -133,7 +142,7 @@ class FastRCNN(Composite):
         rois: (R, 5), image index and continuous box in pixels of x, in the map's dtype. Pooled as Caffe does it, last pixels inclusive.
         """
         last_pixel = array_module(rois).asarray([0, 0, 0, 1, 1], rois.dtype)
-        pooled, pool_cache = roi_pool.forward(maps, rois - last_pixel, self.table.pool, self.table.scale)
+        pooled, pool_cache = roi_pool.forward(maps, rois - last_pixel, self.table.pool, self.table.scale, self.spec.float_bins)
         hidden, head_cache = self.parts["head"].forward(pooled, train, rng)
         scores, scores_cache = self.parts["classifier"].forward(hidden, train, rng)
         deltas, deltas_cache = self.parts["regressor"].forward(hidden, train, rng)
@@ -195,11 +204,55 @@ def label(spec, proposals, boxes, labels, difficult=None, high=0.5, append=True)
         positive = overlaps >= high
         answer[positive] = labels[usable][best[positive]]
         coded = box_ops.encode(regions[positive], boxes[usable][best[positive]])
-        targets[positive] = (coded - spec.target_mean) / spec.target_std
+        mean, std = spec.normalisation()
+        targets[positive] = (coded - mean[answer[positive]]) / std[answer[positive]]
     if R and not usable.all():
         _, ignored, _, _ = assign.best(regions, boxes[~usable])
         answer[(ignored >= high) & (ignored > overlaps)] = -1
     return Regions(regions, answer, targets, overlaps)
+
+
+def target_statistics(spec, regions, per_class=True):
+    """Mean and standard deviation of the boxes' four numbers over training regions: what target_mean and target_std should be (notes, sec. 1.5).
+
+    Over all regions of a class, E[v] and sqrt(E[v^2] - E[v]^2), for each class alone or all together. A class of fewer than two
+    regions, or whose numbers hardly differ (below 1e-3), takes those of all classes, and those at least 1e-3 (CHOICE; the code would divide by 0).
+    regions: Regions, as label() gives them with this spec. Returns two tuples, of 4 numbers or of K times 4.
+    Raises ValueError if no region holds an object.
+    """
+    old_mean, old_std = spec.normalisation()
+    labels = np.concatenate([np.zeros(0, int), *(r.labels for r in regions)])
+    coded = np.concatenate([np.zeros((0, 4)), *(r.targets for r in regions)])
+    held = (labels >= 0) & (labels < spec.background)
+    if not held.any():
+        raise ValueError(f"fast_rcnn.target_statistics: some region must hold an object, got {len(labels)} that do not")
+    labels, coded = labels[held], coded[held] * old_std[labels[held]] + old_mean[labels[held]]
+    mean, std = coded.mean(0), coded.std(0).clip(1e-3)
+    if per_class:
+        each = [coded[labels == k] for k in range(spec.background)]
+        known = [len(v) > 1 and v.std(0).min() >= 1e-3 for v in each]
+        mean = [v.mean(0) if good else mean for v, good in zip(each, known)]
+        std = [v.std(0) if good else std for v, good in zip(each, known)]
+    return _tuples(mean), _tuples(std)
+
+
+def _tuples(values):
+    return tuple(map(tuple, values)) if np.ndim(values) == 2 else tuple(map(float, values))
+
+
+def fold_targets(net):
+    """A copy of the net whose regressor gives the boxes' numbers themselves: W[:, 4c+k] * std, b * std + mean (notes, sec. 1.5; at export).
+
+    The background's four outputs stay. Keep the net itself for training on.
+    """
+    mean, std = (np.concatenate([v, fill]).ravel() for v, fill in zip(net.spec.normalisation(), (np.zeros((1, 4)), np.ones((1, 4)))))
+    folded = copy.deepcopy(net)
+    folded.spec = dataclasses.replace(net.spec, target_mean=(0.0,) * 4, target_std=(1.0,) * 4)
+    w, b = (folded.parts["regressor"].params[name] for name in "wb")
+    xp = array_module(w)
+    w[...] = w * xp.asarray(std.astype(w.dtype))
+    b[...] = b * xp.asarray(std.astype(b.dtype)) + xp.asarray(mean.astype(b.dtype))
+    return folded
 
 
 # One training step
@@ -212,18 +265,19 @@ ACCUMULATE = ("mean_of_means", "global_mean")
 class Sampler:
     """Which regions train, and how their losses add up.
 
-    random: Fast R-CNN's quotas (fraction, low; notes 1.6). ohem: the hardest (threshold, per_label; notes 2.1 and 2.2; low does not count).
+    random: Fast R-CNN's quotas (fraction, low; notes 1.6). ohem: the hardest (threshold, per_label; notes 2.1 and 2.2).
     ssd: all of a class and `ratio` times as many of the hardest background, both terms divided by the former (notes, sec. 3). focal: all, each
     faded by (1 - p)^gamma. all: all regions, the mean (the paper's B = 2048).
     batch: regions of a step, over all its images. accumulate: "mean_of_means": the mean over the images of the means over each one's regions
     (Caffe's, sec. 2.4), "global_mean": over all regions. chunk: regions scored at a time, in which nothing is kept for backward.
+    low: background whose largest IoU with an object is below it never trains (bg_lo); None is 0.1 for random, as Fast R-CNN has it, else 0.
     noisy: dropout in the scoring pass, as the released prototxt has it; without, the choice depends on nothing random.
     """
 
     name: str = "ohem"
     batch: int = 128
     fraction: float = 0.25
-    low: float = 0.1
+    low: float = None
     threshold: float = 0.7
     per_label: bool = True
     ratio: int = 3
@@ -238,6 +292,8 @@ class Sampler:
             raise ValueError(f"{op}: name must be one of {', '.join(SAMPLERS)} and accumulate of {', '.join(ACCUMULATE)}, got {self.name!r}, "
                              f"{self.accumulate!r}")
         checks.whole(op, 1, batch=self.batch, chunk=self.chunk, ratio=self.ratio)
+        if self.low is None:
+            self.low = 0.1 if self.name == "random" else 0.0
         if not (0 <= self.fraction <= 1 and 0 <= self.low <= 0.5 and 0 <= self.gamma < np.inf):
             raise ValueError(f"{op}: fraction must lie in [0, 1], low in [0, 0.5] and gamma be finite and at least 0, got {self.fraction}, {self.low}, "
                              f"{self.gamma}")
@@ -259,6 +315,9 @@ def score(net, maps, rois, labels, targets, sampler, rng=None):
 def choose(net, maps, regions, arrays, sampler, batch, rng):
     """Indices of the regions of an image that train, on the device of maps. arrays: their rois, labels and targets there."""
     put = array_module(maps).asarray
+    if sampler.name != "random" and sampler.low > 0:
+        labels = np.where(regions.overlaps < sampler.low, -1, regions.labels)
+        regions, arrays = dataclasses.replace(regions, labels=labels), [arrays[0], put(labels), arrays[2]]
     if sampler.name == "random":
         return put(ohem.random(regions.labels, regions.overlaps, batch, rng, sampler.fraction, sampler.low))
     if sampler.name in ("all", "focal"):
@@ -267,6 +326,24 @@ def choose(net, maps, regions, arrays, sampler, batch, rng):
     if sampler.name == "ssd":
         return put(ohem.ssd(to_numpy(losses), regions.labels, regions.overlaps.astype(losses.dtype.name), sampler.ratio))
     return ohem.select(losses, arrays[0][:, 1:], arrays[1], batch, sampler.threshold, sampler.per_label)
+
+
+def _on_device(maps, n, regions):
+    """rois, labels and targets of the regions of image n, where maps lies."""
+    put, dtype = array_module(maps).asarray, maps.dtype.name
+    rois = np.column_stack([np.full(len(regions.boxes), float(n)), regions.boxes])
+    return [put(rois.astype(dtype)), put(regions.labels), put(regions.targets.astype(dtype))]
+
+
+def mean_loss(net, x, regions, chunk=512):
+    """Mean loss of all regions of images x, ignored ones left out, whatever trains the net: what OHEM's sec. 4 compares (ohem notes, sec. 4).
+
+    Running averages and no dropout, so it is the loss of the net as it would be used; nothing changes. Returns a float, NaN without regions.
+    """
+    maps, _ = net.features(x)
+    losses = [to_numpy(score(net, maps, *_on_device(maps, n, r), Sampler("all", chunk=chunk)))[r.labels >= 0] for n, r in enumerate(regions)]
+    losses = np.concatenate([np.zeros(0), *losses])
+    return float(losses.mean(dtype=np.float64)) if len(losses) else float("nan")
 
 
 def step(net, x, regions, sampler, rng):
@@ -281,8 +358,7 @@ def step(net, x, regions, sampler, rng):
     maps, trunk_cache = net.features(x, True, rng)
     chosen, picked = [], []
     for n, r in enumerate(regions):
-        rois = np.column_stack([np.full(len(r.boxes), float(n)), r.boxes])
-        arrays = [xp.asarray(a) for a in (rois.astype(dtype.name), r.labels, r.targets.astype(dtype.name))]
+        arrays = _on_device(maps, n, r)
         chosen.append(choose(net, maps, r, arrays, sampler, max(1, sampler.batch // N), rng))
         picked.append([a[chosen[-1]] for a in arrays])
     rois, labels, targets = (xp.concatenate(column) for column in zip(*picked))
@@ -304,12 +380,18 @@ def step(net, x, regions, sampler, rng):
 
 # Training images and detection
 
-def training_image(spec, example, proposals, rng, mirror=True):
+def training_image(spec, example, proposals, rng, mirror=True, jitter=0, most=None):
     """One image at one of the training scales, with its proposals: uint8 (h, w, 3), proposals, boxes, labels, difficult, in its pixels.
 
     Mirrored half of the time (CHOICE: the papers' list holds every image twice), the scale drawn from spec.short (notes, sec. 1.1 and 1.9).
+    jitter: copies of each object, of which every edge moves by up to a tenth of the side, stand before the proposals (sec. 1.7; IoU >= 0.64; numbers a
+    CHOICE). most: so many of the proposals, drawn anew each time, where there are more (CHOICE; the papers have about 2000).
     """
-    image, boxes = example.image(), np.concatenate([example.boxes, proposals])
+    if most is not None and len(proposals) > most:
+        proposals = proposals[np.sort(rng.choice(len(proposals), most, replace=False))]
+    near = np.repeat(example.boxes, jitter, 0)
+    near = near + rng.uniform(-0.1, 0.1, near.shape) * np.tile(near[:, 2:] - near[:, :2], 2)
+    image, boxes = example.image(), np.concatenate([example.boxes, box_ops.clip(near, *example.size[::-1]), proposals])
     if mirror:
         image, boxes = augment.random_flip(image, boxes, rng)
     short = spec.short[rng.integers(len(spec.short))]
@@ -379,6 +461,7 @@ def look(net, image, pyramid, factors, regions, testing):
     """
     K, spec = net.spec.background, net.spec
     p, boxes = np.zeros((len(regions), K + 1)), np.zeros((len(regions), K, 4))
+    mean, std = spec.normalisation()
     area = box_ops.area(regions)
     level = abs(area[:, None] * factors ** 2 - testing.near ** 2).argmin(1)
     for n, (maps, factor) in enumerate(zip(pyramid, factors)):
@@ -388,7 +471,26 @@ def look(net, image, pyramid, factors, regions, testing):
             rois = np.column_stack([np.zeros(len(some)), regions[some] * factor]).astype(net.dtype)
             scores, deltas, _ = net.regions(maps, put(rois))
             p[some] = softmax_loss.softmax(to_numpy(scores).astype(np.float64))
-            deltas = to_numpy(deltas).reshape(-1, K + 1, 4)[:, :K].astype(np.float64) * spec.target_std + spec.target_mean
+            deltas = to_numpy(deltas).reshape(-1, K + 1, 4)[:, :K].astype(np.float64) * std + mean
             for k in range(K):
                 boxes[some, k] = box_ops.clip(box_ops.decode(regions[some], deltas[:, k]), *image.shape[:2])
     return p, boxes
+
+
+# Files
+
+def save(net, path, settings):
+    """Write a net with its Spec and dtype, and the settings to use it with (a JSON dict), to a weights file (.npz)."""
+    weights.save(path, "fast_rcnn", net, settings)
+
+
+def load(path):
+    """Read a weights file: the net, in the dtype that it was saved in, and the settings. Raises as weights.load."""
+    return weights.load(path, "fast_rcnn", _build)
+
+
+def _build(arrays, spec, dtype):
+    spec = Spec(**spec)
+    if spec.table != "small" and "head.fc6.w" not in arrays:
+        raise ValueError(f"a net of table {spec.table} without its head.fc6.w")
+    return FastRCNN(spec, np.random.default_rng(0), dtype)

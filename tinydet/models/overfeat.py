@@ -12,10 +12,9 @@ import warnings
 
 import numpy as np
 
-from tinydet import checks, layers
+from tinydet import checks, weights
 from tinydet.backend import array_module, put, to_numpy
 from tinydet.data import flip, mean_std, view
-from tinydet.files import read_arrays, write_arrays
 from tinydet.layers import BatchNorm, Composite, Conv2D, Dropout, MaxPool, Sequential
 from tinydet.ops import assign as assign_op, box_loss, boxes as box_ops, max_pool, merge, nms, offset_pool, softmax_loss
 
@@ -349,27 +348,16 @@ def look(net, image, scale):
 
 def save(net, path, settings):
     """Write a net with its Spec and dtype, and the settings to use it with (a JSON dict), to a weights file (.npz)."""
-    write_arrays(path, {k: to_numpy(v) for k, v in net.arrays().items()},
-                 {"model": "overfeat", "dtype": net.dtype.name, "spec": dataclasses.asdict(net.spec), "settings": settings})
+    weights.save(path, "overfeat", net, settings)
 
 
 def load(path):
-    """Read a weights file: the net, in the dtype that it was saved in, and the settings.
+    """Read a weights file: the net, in the dtype that it was saved in, and the settings. Raises as weights.load."""
+    return weights.load(path, "overfeat", _build)
 
-    Raises FileNotFoundError, or ValueError naming a file that holds no OverFeat net and all in which its arrays differ from one.
-    """
-    arrays, meta = read_arrays(path)
-    try:
-        kind, dtype, settings = meta["model"], meta.get("dtype", "float32"), meta["settings"]
-        spec = Spec(**{k: tuple(v) if isinstance(v, list) else v for k, v in meta["spec"].items()})
-        if dtype not in ("float32", "float64") or not isinstance(settings, dict):
-            raise TypeError(f"dtype {dtype!r}, settings {settings!r}")
-        if spec.k ** 2 * spec.widths[-1] * spec.hidden > max(10**7, sum(a.size for a in arrays.values())):
-            raise ValueError(f"a net far larger than the file's arrays, k {spec.k}, widths {spec.widths}, hidden {spec.hidden}")
-        net = OverFeat(spec, np.random.default_rng(0), dtype)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"overfeat.load: {path} must describe an OverFeat net, got: {error!r}") from None
-    if kind != "overfeat":
-        raise ValueError(f"overfeat.load: {path} must hold an OverFeat net, got {kind!r}")
-    layers.load(net, arrays, str(path))
-    return net, settings
+
+def _build(arrays, spec, dtype):
+    spec = Spec(**spec)
+    if spec.k ** 2 * spec.widths[-1] * spec.hidden > max(10**7, sum(a.size for a in arrays.values())):
+        raise ValueError(f"a net far larger than the file's arrays, k {spec.k}, widths {spec.widths}, hidden {spec.hidden}")
+    return OverFeat(spec, np.random.default_rng(0), dtype)
