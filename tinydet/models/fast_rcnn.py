@@ -4,7 +4,7 @@ A trunk runs once on the image. Each region proposed for it is max-pooled from t
 which class it holds and where the object's box lies. Training needs a few regions of the thousands: ops/ohem.py has the ways to choose.
 
 Differences from the papers' code: boxes are continuous (the regions are made inclusive, x2 - 1, where they are pooled); the background is the last class, not
-the first (import_weights turns published weights); images are RGB unless import_weights says otherwise.
+the first, and images are RGB (fast_rcnn_weights.load_published turns published weights).
 """
 import copy
 import dataclasses
