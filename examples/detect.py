@@ -1,10 +1,10 @@
-"""Detect objects in pictures with a net that examples/overfeat.py trained: draws and prints what it finds.
+"""Detect objects in pictures with a net that examples/overfeat.py or examples/ohem.py trained: draws and prints what it finds.
 
     python examples/detect.py --weights runs/overfeat/weights.npz picture.jpg ...           # drawn into detections/
     python examples/detect.py --weights runs/overfeat/weights.npz --json picture.jpg ...    # JSON on standard output
 
-Printed and drawn are detections above the score of best F1 of their class on the evaluation set, or above --min-score. The
-JSON list holds all of them (at most 300 a picture), for an evaluator: {"image": stem, "class": name, "box": [x1, y1, x2, y2],
+A net trained on proposals from a file needs --proposals, by the pictures' names without ending. Printed and drawn are detections above the score of best F1 of their class on the evaluation set, or above --min-score. The
+JSON list holds all of them (at most 300 a picture, or as the run's --limit said), for an evaluator: {"image": stem, "class": name, "box": [x1, y1, x2, y2],
 "score": s}, box in continuous pixels of the picture. --json FILE.json writes it to a file.
 """
 import argparse
@@ -15,8 +15,8 @@ from pathlib import Path
 import tinydet                                                      # before numpy: sets how BLAS threads wait
 import numpy as np
 
-from tinydet import data, draw, files, train
-from tinydet.models import overfeat
+from tinydet import data, draw, files, proposals, train, weights
+from tinydet.models import fast_rcnn, overfeat
 
 
 def arguments(argv=None):
@@ -26,6 +26,7 @@ def arguments(argv=None):
     a("--weights", required=True, help="weights.npz of a run")
     a("--json", nargs="?", const="-", metavar="FILE.json", help="give all detections as JSON, to standard output or a file")
     a("--min-score", type=float, help="lowest score of a detection (printed, drawn and in the JSON)")
+    a("--proposals", metavar="FILE", help=".mat or .json file, for a net trained on such")
     a("--out", default="detections", metavar="FOLDER", help="where the drawings go (%(default)s); none with --json")
     a("--backend", choices=tinydet.backend.BACKENDS, default="numba", help="cuda: on a GPU (%(default)s)")
     args = parser.parse_args(argv)
@@ -42,16 +43,41 @@ def arguments(argv=None):
     return args
 
 
+def load(args, put):
+    """The net of a weights file, its settings, and detect(image, stem)."""
+    if weights.model(args.weights) == "overfeat":
+        net, settings = overfeat.load(args.weights)
+        net.to(put)
+        combining = {k: settings[k] for k in ("merging", "threshold") if k in settings}
+        return net, settings, lambda image, stem: overfeat.detect(net, image, **combining)
+    net, settings = fast_rcnn.load(args.weights)
+    net.to(put)
+    source = args.proposals or settings.get("windows")
+    try:
+        testing = fast_rcnn.Testing(**settings.get("testing", {}))
+        if isinstance(source, dict):
+            proposals.windows(100, 100, **source)
+    except TypeError as error:
+        raise ValueError(f"detect: {args.weights} must hold settings of examples/ohem.py, got: {error}") from None
+    if source is None:
+        raise ValueError(f"detect: {args.weights} was trained on proposals from a file: give those of these pictures by --proposals")
+    boxes = None if isinstance(source, dict) else proposals.from_file(source, [Path(path).stem for path in args.images])
+
+    def detect(image, stem):
+        height, width = image.shape[:2]
+        found = proposals.windows(width, height, **source) if boxes is None else boxes[stem]
+        return fast_rcnn.detect(net, image, proposals.clean(found, width, height)[0], testing)
+    return net, settings, detect
+
+
 def main(args, put):
     train.announce_compilation()
-    net, settings = overfeat.load(args.weights)
-    net.to(put)
+    net, settings, detect = load(args, put)
     classes, cut = net.spec.classes, settings.get("cut", {})
-    combining = {k: settings[k] for k in ("merging", "threshold") if k in settings}
     out, records = Path(args.out), []
     for path in args.images if args.json is None else train.progress(args.images, desc="detect", unit="image"):
         image, stem = data.read_image(path), Path(path).stem
-        boxes, labels, scores = overfeat.detect(net, image, **combining)
+        boxes, labels, scores = detect(image, stem)
         lowest = np.array([cut.get(classes[k], 0.5) if args.min_score is None else args.min_score for k in labels], float)
         if args.json is None:
             shown = scores >= lowest

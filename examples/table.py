@@ -26,7 +26,7 @@ def main(args):
     configs = [files.read_json(Path(run) / "config.json") for run in args.runs]
     results = [files.read_json(Path(run) / "results.json") for run in args.runs]
     for config, result in zip(configs, results):                    # how boxes were combined may change after training
-        config.update({k: result[k] for k in ("merging", "threshold")})
+        config.update({k: result[k] for k in ("merging", "threshold", "testing") if k in result})
     for run, config in zip(args.runs, configs):
         if changed := [k for k in config if k not in ("seed", "name") and config[k] != configs[0].get(k)]:
             raise ValueError(f"table: runs must differ in the seed alone, got another {', '.join(changed)} in {run}")

@@ -13,7 +13,7 @@ import fake_cupy
 from tinydet import draw, emulate, layers, optim, scenes, to_numpy, train, use
 from tinydet.backend import put
 from tinydet.cases import CASES
-from tinydet.models import overfeat
+from tinydet.models import fast_rcnn, overfeat
 from tinydet.ops import focal_loss, logistic_loss, roi_loss, softmax_loss
 
 pytestmark = pytest.mark.skipif(emulate.missing() is not None, reason=str(emulate.missing()))
@@ -189,6 +189,8 @@ def test_a_label_out_of_range_makes_the_loss_nan(loss, wrong):
 
 def example(name):
     path = Path(__file__).resolve().parent.parent / "examples" / f"{name}.py"
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))                               # programs import what they share from there, as if called
     spec = importlib.util.spec_from_file_location(f"example_{name}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -210,6 +212,19 @@ def test_the_examples_run_on_the_gpu(tmp_path, monkeypatch, capsys):
     with use(args.backend) as put:
         detect.main(args, put)
     assert (tmp_path / "d" / "picture.png").is_file()
+
+
+def test_ohem_runs_on_the_gpu(tmp_path, monkeypatch):
+    train_it = example("ohem")
+    table = fast_rcnn.Table((("conv1", 4, 2, 1, 4), ("max", 2, 2), ("conv2", 3, 1, 1, 6)), 3, 1 / 4, (8,), norm=True)
+    monkeypatch.setitem(fast_rcnn.TABLES, "small", table)
+    for sampler in ("ohem", "random"):
+        args = train_it.arguments(["--backend", "cuda", "--scenes", "3", "--steps", "2", "--out", str(tmp_path), "--name", sampler, "--sampler", sampler,
+                                   "--short", "48", "--most", "40", "--least", "0.3", "--share", "0.5"])
+        with use(args.backend) as put:
+            train_it.main(args, put)
+        assert (tmp_path / sampler / "results.json").is_file()
+    assert "roi_pool_forward" in fake_cupy.launches
 
 
 def test_adagrad_keeps_gradients_while_one_is_not_finite():

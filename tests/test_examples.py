@@ -75,7 +75,7 @@ def test_training_leaves_everything_in_the_run_folder(trained):
     cwd, done = trained
     folder = cwd / "runs" / "a"
     assert {p.name for p in folder.iterdir()} == {"config.json", "metrics.jsonl", "checkpoint.npz", "weights.npz", "results.json", "false_positives",
-                                                  "loss.png", "precision_recall.png", "detections.png"}
+                                                  "loss.png", "precision_recall.png", "detections.png", "detections.json"}
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6] and all(np.isfinite(r["loss"]) for r in records)
     results = json.loads((folder / "results.json").read_text())
@@ -138,6 +138,77 @@ def test_a_killed_run_resumes_to_the_same_bits(voc, trained, tmp_path):
         for key in a:
             assert_array_equal(a[key], b[key], err_msg=key)
     assert (whole / "metrics.jsonl").read_text() == (folder / "metrics.jsonl").read_text()
+
+
+TINY_OHEM = ["--steps", "6", "--short", "64", "--checkpoint-every", "2", "--measure-every", "2", "--draw-every", "3", "--jitter", "2", "--most", "300", "--name", "o"]
+
+
+@pytest.fixture(scope="module")
+def trained_ohem(voc, tmp_path_factory):
+    cwd = tmp_path_factory.mktemp("ohem")
+    return cwd, run("ohem.py", "--data", voc, "--also-iterate", *TINY_OHEM, cwd=cwd)
+
+
+def test_ohem_leaves_everything_in_the_run_folder(voc, trained_ohem):
+    cwd, done = trained_ohem
+    folder = cwd / "runs" / "o"
+    assert {p.name for p in folder.iterdir()} == {
+        "config.json", "metrics.jsonl", "checkpoint.npz", "weights.npz", "results.json", "false_positives", "loss.png", "precision_recall.png", "detections.png",
+        "detections.json", "detections_iterate.json", "curve.json", "curve.png", "regions"}
+    assert [p.name for p in sorted((folder / "regions").iterdir())] == ["000000.png", "000003.png"]
+    results = json.loads((folder / "results.json").read_text())
+    assert [p["step"] for p in results["curve"]] == [2, 4, 6] and results["curve"] == json.loads((folder / "curve.json").read_text())
+    assert results["curve"][-1]["mean AP50"] == results["mean AP50"] and results["all_loss"] == results["curve"][-1]["all_loss"] > 0
+    assert results["also"]["iterate"].keys() >= {"AP50", "mean AP50", "COCO"} and "with every object in range" in done.stdout
+    held_out, classes = data.read_voc(voc, "val", data.read_voc(voc, "train")[1])
+    records = json.loads((folder / "detections.json").read_text())
+    found = [[(r["box"], classes.index(r["class"]), r["score"]) for r in records if r["image"] == e.name] for e in held_out]
+    found = [tuple(np.array([r[k] for r in rows]).reshape(len(rows), *[4] * (k == 0)) for k in range(3)) for rows in found]
+    assert evaluate.mean_ap(evaluate.voc(found, held_out, classes)) == results["mean AP50"]
+    assert json.loads((folder / "config.json").read_text())["sampler"] == "ohem"
+
+
+def test_a_killed_ohem_run_resumes_to_the_same_bits(voc, trained_ohem, tmp_path):
+    """Killed between two measurements; the curve and the weights are those of the undisturbed run."""
+    args = ["--data", voc, *TINY_OHEM]
+    process = subprocess.Popen(command("ohem.py", *args), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    folder, end = tmp_path / "runs" / "o", time.time() + 200
+    while not (folder / "checkpoint.npz").exists():
+        assert process.poll() is None and time.time() < end
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (folder / "results.json").exists()
+    run("ohem.py", *args, "--also-iterate", "--resume", cwd=tmp_path)           # how it is evaluated may change
+    whole = trained_ohem[0] / "runs" / "o"
+    for name in ("metrics.jsonl", "curve.json", "detections.json", "detections_iterate.json"):
+        assert (whole / name).read_text() == (folder / name).read_text(), name
+    a, b = (files.read_arrays(f / "weights.npz") for f in (whole, folder))
+    assert a[1] == b[1]
+    for key in a[0]:
+        assert_array_equal(a[0][key], b[0][key], err_msg=key)
+
+
+def test_detect_with_weights_of_ohem(voc, trained_ohem, tmp_path):
+    cwd, _ = trained_ohem
+    weights, pictures = cwd / "runs" / "o" / "weights.npz", sorted((voc / "JPEGImages").iterdir())
+    records = json.loads((cwd / "runs" / "o" / "detections.json").read_text())
+    names = {r["image"] for r in records}
+    assert names
+    told = json.loads(run("detect.py", "--weights", weights, "--json", *[p for p in pictures if p.stem in names], cwd=tmp_path).stdout)
+    assert sorted(told, key=str) == sorted(records, key=str)                    # the same windows, the same settings
+    boxes = tmp_path / "boxes.json"
+    boxes.write_text(json.dumps({pictures[0].stem: [[0, 0, 60, 60], [5, 5, 5, 5]]}))
+    run("detect.py", "--weights", weights, "--proposals", boxes, "--min-score", "0.01", pictures[0], cwd=tmp_path)
+    assert f"are missing: {pictures[1].stem}" in run("detect.py", "--weights", weights, "--proposals", boxes, *pictures[:2], cwd=tmp_path, code=1).stderr.replace("'", "")
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--preset", "voc"], "--preset voc needs --data, --pretrained and --proposals"), (["--jitter", "-1"], "--jitter must not be negative"),
+    (["--sampler", "hard"], "invalid choice: 'hard'")])
+def test_bad_settings_of_ohem_are_said_before_anything_is_done(tmp_path, args, message):
+    assert message in " ".join(run("ohem.py", *args, cwd=tmp_path, code=2).stderr.split())
+    assert not list(tmp_path.iterdir())
 
 
 def test_runs_are_not_overwritten_and_resume_keeps_the_settings(voc, trained):

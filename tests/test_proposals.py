@@ -604,7 +604,7 @@ def test_for_examples_of_windows_says_nothing_and_shares():
 
 
 @pytest.mark.parametrize("source, message", [
-    ("p.txt", "source must be a .mat or .json file, got p.txt"), (3, "source must be a path, a dict"), ({"step": 0.5, "sizes": [3]}, "must hold sizes, ratios and step"),
+    ("p.txt", "proposals.from_file: path must end in .mat or .json, got p.txt"), (3, "source must be a path, a dict"), ({"step": 0.5, "sizes": [3]}, "must hold sizes, ratios and step"),
     ({"x": np.zeros((1, 4))}, "a dict of boxes must hold proposals for some of the 1 examples, such as 'a', got 'x'"), ({}, "got none"),
     ({"a": np.zeros((2, 3))}, "must have shape"), ({"a": [[1, 2, 3, 4]]}, "must be float32 or float64"),
     ({"sizes": [3], "ratios": [1], "step": -1}, "step must be")])

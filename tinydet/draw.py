@@ -32,6 +32,21 @@ def boxes(image, boxes, labels, classes, scores=None, enlarge=1.0, bracket=None)
     return picture
 
 
+def regions(image, boxes, labels, background, objects=None, enlarge=1.0):
+    """The regions that train, on their image (uint8 (H, W, 3)), as a Pillow image: each in the colour of its class, the background grey, and, if
+    given, the objects (G, 4) in white below. boxes: (R, 4), labels: (R,)."""
+    picture = Image.fromarray(image)
+    if enlarge != 1:
+        picture = picture.resize([max(1, round(side * enlarge)) for side in picture.size], Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(picture)
+    white = [] if objects is None else [(box, "white", 3) for box in objects]
+    order = np.argsort(np.asarray(labels) != background, kind="stable")         # the background first, below the others
+    for box, colour, width in white + [(boxes[i], "#9a9a9a" if labels[i] == background else COLOURS[int(labels[i]) % len(COLOURS)], 1) for i in order]:
+        x1, y1, x2, y2 = (float(v) * enlarge for v in box)
+        draw.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=colour, width=width)
+    return picture
+
+
 def sheet(pictures, columns, captions=None, gap=6):
     """Pillow images side by side, `columns` in a row, all scaled to one width, with a caption line above each if given."""
     if not pictures:
@@ -139,6 +154,18 @@ def loss_curves(records, names, path, title="training loss"):
         axes.plot(steps, (values[1:] - values[first]) / (np.arange(len(steps)) - first + 1), label=name)
     axes.set_ylim(bottom=0)
     axes.legend()
+    save(figure, path)
+
+
+def measurements(points, names, path):
+    """Draw what was measured now and then while a net trained, one above the other. points: dicts with "step" and names; NaN is left out."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(7, 2.6 * len(names)), dpi=110, layout="constrained")
+    for axes, name in zip(figure.subplots(len(names), sharex=True, squeeze=False)[:, 0], names):
+        axes.plot([p["step"] for p in points], [p[name] for p in points], marker="o")
+        axes.set(ylabel=name)
+        axes.grid(alpha=0.3)
+    axes.set(xlabel="step")
     save(figure, path)
 
 

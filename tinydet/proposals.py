@@ -91,6 +91,14 @@ def from_json(path, names=None):
     return {name: np.array(rows, float).reshape(-1, 4) for name, rows in _wanted(op, path, found, names).items()}
 
 
+def from_file(path, names=None):
+    """from_mat or from_json, by the ending of the path. Raises ValueError for another ending, else as they do."""
+    reader = {".mat": from_mat, ".json": from_json}.get(Path(path).suffix.lower())
+    if reader is None:
+        raise ValueError(f"proposals.from_file: path must end in .mat or .json, got {path}")
+    return reader(path, names)
+
+
 def _wanted(op, path, found, names):
     """The entries of `found` for these names."""
     if names is None:
@@ -477,10 +485,7 @@ def for_examples(source, examples):
     """
     op, owner, made = "proposals.for_examples", "a dict of boxes", {}
     if isinstance(source, (str, os.PathLike)):
-        reader = {".mat": from_mat, ".json": from_json}.get(Path(source).suffix.lower())
-        if reader is None:
-            raise ValueError(f"{op}: source must be a .mat or .json file, got {source}")
-        owner, source = str(source), reader(source)
+        owner, source = str(source), from_file(source)
     if not isinstance(source, dict):
         raise ValueError(f"{op}: source must be a path, a dict of boxes or settings of windows, got {type(source).__name__}")
     if settings := {k: source[k] for k in ("sizes", "ratios", "step", "cut") if k in source} if "step" in source else None:

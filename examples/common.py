@@ -1,0 +1,98 @@
+"""What the training programs share: common arguments, reading the data, and what they leave in the run folder."""
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import tinydet                                                      # before numpy: sets how BLAS threads wait
+from tinydet import data, draw, evaluate, files, mistakes, scenes
+
+
+def count(text):
+    """A whole number of at least 1, for argparse."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
+    return int(text)
+
+
+def add_arguments(parser, name):
+    """The arguments of every training program; name: that of its runs."""
+    a = parser.add_argument
+    a("--data", metavar="FOLDER", help="a PASCAL VOC, YOLO or COCO folder (default: embedded scenes)")
+    a("--scenes", type=count, default=400, help="embedded scenes to train on; a quarter as many are evaluated (%(default)s)")
+    a("--train-set", default="train", help="image set to train on (%(default)s)")
+    a("--eval-set", default="val", help="image set to evaluate; without a val list, a seeded fifth of the training set (%(default)s)")
+    a("--seed", type=int, default=0, help="of weights, training images and order (%(default)s)")
+    a("--workers", type=int, choices=range(17), default=1, metavar="N", help="threads that prepare images ahead, 0..16 (%(default)s)")
+    a("--backend", choices=tinydet.backend.BACKENDS, default="numba", help="cuda: on a GPU; emulated: its kernels on the CPU, slowly (%(default)s)")
+    a("--checkpoint-every", type=count, default=50, metavar="STEPS", help="(%(default)s)")
+    a("--name", default=name, help="name of the run (%(default)s)")
+    a("--out", default="runs", metavar="FOLDER", help="where run folders lie (%(default)s)")
+    a("--resume", action="store_true", help="continue the run of this name")
+
+
+def check(parser, args):
+    """Refuse what argparse alone lets pass."""
+    if not (0 < args.lr < math.inf and args.seed >= 0 and args.name and Path(args.name).name == args.name):
+        parser.error(f"--lr must be positive, --seed not be negative, --name be the name of a folder; got {args.lr}, {args.seed}, {args.name!r}")
+
+
+def settings(args, *left_out):
+    """The arguments that make a run what it is, as JSON values: a resumed run must have the same."""
+    config = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "checkpoint_every", "workers", *left_out)}
+    config["data"] = str(Path(args.data).resolve()) if args.data else None
+    return config
+
+
+def read(args):
+    """Training and evaluation examples, and the class names."""
+    if not args.data:
+        return scenes.scenes(args.scenes, 0, "train"), scenes.scenes(-(-args.scenes // 4), 0, args.eval_set), scenes.CLASSES
+    examples, classes = data.read(args.data, args.train_set)
+    if args.eval_set == "val" and "val" not in data.splits(args.data):
+        return *data.hold_out(examples, 0.2), classes
+    return examples, data.read(args.data, args.eval_set, classes)[0], classes
+
+
+def records(detections, examples, classes):
+    """Detections as the JSON list that examples/detect.py --json gives, for an evaluator."""
+    return [{"image": e.name, "class": classes[int(k)], "box": [float(v) for v in box], "score": float(s)}
+            for e, found in zip(examples, detections) for box, k, s in zip(*found)]
+
+
+def figures(detections, examples, classes):
+    """Results by class, the scores of best F1, and all figures as JSON values."""
+    results, coco = evaluate.voc(detections, examples, classes), evaluate.coco_of_examples(detections, examples, classes)
+    cut = {name: evaluate.best_threshold(r) for name, r in results.items()}
+    errors = mistakes.errors(detections, examples, classes, cut)
+    table = [*evaluate.table(results), "", *coco.table(), "", "errors at the score of best F1", *mistakes.table(errors)]
+    return results, cut, {**evaluate.summary(results), **coco.summary(), "errors": errors}, table
+
+
+def finish(run, args, detections, examples, classes, losses, save, **more):
+    """Evaluate the detections, write weights, detections and figures into the run folder, draw, and print the tables.
+
+    losses: names of the metrics to draw; save(path, cut) writes the weights; more: further entries of results.json.
+    """
+    results, cut, told, table = figures(detections, examples, classes)
+    save(run.folder / "weights.npz", cut)
+    files.write(run.folder / "detections.json", json.dumps(records(detections, examples, classes)))
+    draw.loss_curves(run.metrics(), losses, run.folder / "loss.png")
+    draw.precision_recall(results, run.folder / "precision_recall.png", f"{args.name}: {args.eval_set}, IoU 0.5")
+    draw.save(draw.detections_sheet(examples[:8], detections[:8], classes, cut), run.folder / "detections.png")
+    draw.false_positives(mistakes.false_positives(detections, examples, classes), classes, run.folder / "false_positives")
+    files.write(run.folder / "results.json", json.dumps({"set": args.eval_set, **told, **more}, indent=1) + "\n")
+    print("\n".join(table), f"\npictures, weights and figures: {run.folder}")
+    return results
+
+
+def start(main, args):
+    """Run main(args, put) on its backend; errors end in one line, and Ctrl-C says how to go on."""
+    try:
+        with tinydet.use(args.backend) as put:
+            main(args, put)
+    except (ValueError, OSError, ImportError, FloatingPointError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"\nstopped; the same command with --resume goes on from the last checkpoint in {args.out}/{args.name}")
