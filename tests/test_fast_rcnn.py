@@ -65,6 +65,31 @@ def test_label_without_objects_or_proposals():
     assert fast_rcnn.label(SPEC, empty, np.array([[0, 0, 5, 5.]]), np.array([3]), np.array([True])).labels.tolist() == []
 
 
+@pytest.mark.parametrize("wrong, message", [
+    (np.array([[np.nan, 0, 1, 1]]), "proposals must be finite"), (np.array([[0, 0, np.inf, 1]]), "proposals must be finite"),
+    (np.zeros((3, 5)), r"proposals must have shape \(R, 4\), got \(3, 5\)"), ([[0, 0, 1, 1]], "proposals must be an array")])
+def test_wrong_proposals_are_named(wrong, message):
+    with pytest.raises((ValueError, TypeError), match=rf"^fast_rcnn\.label: {message}"):
+        fast_rcnn.label(SPEC, wrong, np.zeros((0, 4)), np.zeros(0, int))
+    with pytest.raises((ValueError, TypeError), match=rf"^fast_rcnn\.detect: {message}"):
+        fast_rcnn.detect(small(), EXAMPLES[0].image(), wrong, fast_rcnn.Testing())
+
+
+@pytest.mark.parametrize("backend", RUNNING)
+@pytest.mark.parametrize("name", fast_rcnn.SAMPLERS)
+def test_regions_outside_and_without_area_train_as_background(backend, name):
+    odd = np.array([[-50, -50, -40, -40], [500, 500, 600, 600], [20, 20, 20, 40], [30, 30, 20, 20], [-10, -10, 200, 200.]])
+    with use(backend) as put:
+        net = small(short=(48,)).to(put)
+        x, regions = given(net, 1)
+        few = fast_rcnn.label(net.spec, odd, regions[0].boxes[:1], regions[0].labels[:1])
+        assert few.labels[1:].tolist() == [6] * 5 and not few.targets[1:].any()
+        values, chosen = fast_rcnn.step(net, put(x), [few], Sampler(name, low=0.0, threshold=None), np.random.default_rng(0))
+        grads = cleared(net)
+    assert np.isfinite(float(values["loss"])) and all(np.isfinite(g).all() for g in grads.values())
+    assert len(to_numpy(chosen[0])) == (4 if name == "ssd" else 6)          # 3 : 1
+
+
 def test_targets_are_normalised_class_by_class():
     boxes, labels, proposals = np.array([[0, 0, 10, 10], [20, 0, 30, 20.]]), np.array([1, 0]), np.array([[0, 0, 9, 10], [21, 0, 30, 21.]])
     plain = dict(vars(SPEC), classes=("a", "b"), target_mean=(0, 0, 0, 0), target_std=(1, 1, 1, 1))

@@ -193,8 +193,13 @@ def label(spec, proposals, boxes, labels, difficult=None, high=0.5, append=True)
     coded by boxes.encode and normalised. Regions whose IoU with a difficult object is >= high, and above that with any other, are ignored: such
     objects are always "hard" (notes, sec. 3).
     append=True (training only): the objects themselves are regions, too. They stand first.
-    proposals: (M, 4), boxes: (G, 4) float64, labels: (G,), difficult: (G,) bool. Returns Regions.
+    proposals: (M, 4), boxes: (G, 4) float64, labels: (G,), difficult: (G,) bool. Returns Regions. Proposals outside the image or without area are
+    background like others (proposals.clean drops them). Raises ValueError for NaN or infinity and for other shapes, TypeError for other dtypes.
     """
+    for name, found in (("proposals", proposals), ("boxes", boxes)):
+        checks.float_array("fast_rcnn.label", name, found, "(R, 4)")
+        checks.finite("fast_rcnn.label", **{name: found})
+    checks.integers("fast_rcnn.label", "labels", labels, (len(boxes),))
     usable = np.ones(len(boxes), bool) if difficult is None else ~difficult
     regions = np.concatenate([boxes[usable], proposals]) if append else proposals
     R, background = len(regions), spec.background
@@ -433,8 +438,10 @@ def detect(net, image, proposals, testing):
     """All detections in one image. image: uint8 (H, W, 3), proposals (M, 4) float64, in its pixels.
 
     Returns boxes (R, 4) float64, cut at the image, labels (R,), scores (R,), by falling score (ties: lower label, then order of proposals).
-    Boxes of which nothing is left in the image are dropped.
+    Boxes of which nothing is left in the image are dropped. Raises ValueError for proposals with NaN or infinity or of another shape.
     """
+    checks.float_array("fast_rcnn.detect", "proposals", proposals, "(R, 4)")
+    checks.finite("fast_rcnn.detect", proposals=proposals)
     factors = np.array([augment.short_side_factor(image, s, testing.longest) for s in testing.short])
     pyramid = [net.features(put(batch(net, [augment.scale(image, np.zeros((0, 4)), f)[0]])))[0] for f in factors]
     p, boxes = look(net, image, pyramid, factors, proposals, testing)
