@@ -1,4 +1,5 @@
 """The example programs as a user runs them: as processes, on a small VOC folder."""
+import importlib.util
 import json
 import os
 import shutil
@@ -6,15 +7,17 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
+import tinydet
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
 from tinydet import data, evaluate, files, optim, scenes
-from tinydet.models import overfeat
+from tinydet.models import fast_rcnn, overfeat
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 TINY = ["--steps", "6", "--batch", "2", "--checkpoint-every", "2", "--window", "24"]
@@ -209,6 +212,52 @@ def test_detect_with_weights_of_ohem(voc, trained_ohem, tmp_path):
 def test_bad_settings_of_ohem_are_said_before_anything_is_done(tmp_path, args, message):
     assert message in " ".join(run("ohem.py", *args, cwd=tmp_path, code=2).stderr.split())
     assert not list(tmp_path.iterdir())
+
+
+def module(program):
+    """An example program as a module."""
+    if str(EXAMPLES) not in sys.path:
+        sys.path.append(str(EXAMPLES))
+    spec = importlib.util.spec_from_file_location(f"example_{program}", EXAMPLES / f"{program}.py")
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+def test_the_paper_s_recipe_from_published_weights_and_proposals(voc, tmp_path, monkeypatch):
+    """--preset voc on a net of few channels: every setting of the notes (sec. 1 and 2.4), frozen layers, normalised targets, proposals from a file."""
+    program = module("ohem")
+    table = fast_rcnn.Table((("conv1_1", 3, 1, 1, 4), ("max", 2, 2), ("conv2_1", 3, 1, 1, 5), ("max", 2, 2), ("conv3_1", 3, 1, 1, 6)), 3, 1 / 4, (10, 8), ("conv1_1", "conv2_1"))
+    monkeypatch.setitem(fast_rcnn.TABLES, "VGG16", table)
+    rng, arrays = np.random.default_rng(0), {}
+    for name, shape in {"conv1_1": (4, 3, 3, 3), "conv2_1": (5, 4, 3, 3), "conv3_1": (6, 5, 3, 3), "fc6": (10, 54), "fc7": (8, 10), "fc8": (3, 8)}.items():
+        arrays |= {f"{name}.weight": rng.normal(0, 0.2, shape).astype(np.float32), f"{name}.bias": np.zeros(shape[0], np.float32)}
+    np.savez(tmp_path / "vgg.npz", **arrays)
+    examples, _ = data.read_voc(voc, "all")
+    boxes = {e.name: np.concatenate([e.boxes + 3, e.boxes - 2, rng.random((20, 4)) * 50 + [0, 0, 60, 60]]).tolist() for e in examples}
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+    args = program.arguments(["--preset", "voc", "--data", str(voc), "--pretrained", str(tmp_path / "vgg.npz"), "--proposals", str(tmp_path / "boxes.json"),
+                              "--out", str(tmp_path), "--steps", "3", "--decay-at", "2", "--short", "80", "--lr", "1e-5"])
+    paper = program.arguments(["--preset", "voc", "--data", "d", "--pretrained", "w", "--proposals", "p"])
+    assert (paper.table, paper.short, paper.longest, paper.steps, paper.lr, paper.decay_at, paper.weight_decay, paper.images, paper.batch, paper.bias_rate) == (
+        "VGG16", [600], 1000, 80000, 0.001, [30000, 60000], 5e-4, 2, 128, 2.0)
+    assert (paper.dropout, paper.nms, paper.limit, paper.targets, paper.jitter, paper.sampler) == (0.5, 0.3, 2000, "classes", 0, "ohem")
+    built = []
+    monkeypatch.setattr(fast_rcnn, "FastRCNN", lambda *a, net=fast_rcnn.FastRCNN, **k: built.append(net(*a, **k)) or built[-1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", data.DefectWarning)             # boxes cut at the border
+        with tinydet.use("numba") as put:
+            program.main(args, put)
+    assert sorted(built[0].trained) == sorted(k for k in built[0].params if not k.startswith(("trunk.conv1_1", "trunk.conv2_1")))
+    net, settings = fast_rcnn.load(tmp_path / "ohem" / "weights.npz")
+    assert_array_equal(net.params["trunk.conv1_1.w"], arrays["conv1_1.weight"].transpose(2, 3, 1, 0)[:, :, ::-1])       # BGR in the file, frozen
+    assert not np.array_equal(net.params["trunk.conv3_1.w"], arrays["conv3_1.weight"].transpose(2, 3, 1, 0))
+    assert np.shape(net.spec.target_mean) == (6, 4) and net.spec.float_bins and net.spec.std == (1, 1, 1) and settings["windows"] is None
+    rates = [json.loads(line)["lr"] for line in (tmp_path / "ohem" / "metrics.jsonl").read_text().splitlines()]
+    assert_allclose(rates, [1e-5, 1e-5, 1e-6])
+    detect = module("detect")
+    with pytest.raises(ValueError, match="was trained on proposals from a file: give those"):
+        detect.load(detect.arguments(["--weights", str(tmp_path / "ohem" / "weights.npz"), "picture.jpg"]), np.asarray)
 
 
 def test_runs_are_not_overwritten_and_resume_keeps_the_settings(voc, trained):

@@ -379,10 +379,11 @@ def test_saved_and_loaded_net_is_the_same(tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"model": "overfeat"}, "the weights of 'overfeat'"), ({"spec": {"colour": 1}}, "TypeError"), ({"spec": {**vars(SPEC), "table": "VGG16"}}, "without its head.fc6.w"),
+    ({"model": "overfeat"}, "the weights of 'overfeat'"), ({"spec": {"colour": 1}}, "TypeError"), ({"spec": {**vars(SPEC), "table": "VGG16"}}, r"KeyError\('head.fc6.w'"),
     ({"spec": {**vars(SPEC), "short": 5}}, "TypeError"), ({"spec": {**vars(SPEC), "mean": "x"}}, "could not convert"), ({"settings": 3}, "settings 3"),
-    ({"spec": {**vars(SPEC), "target_std": [[1, 1, 1, 1]]}}, "or as many for each class")])
+    ({"spec": {**vars(SPEC), "target_std": [[1, 1, 1, 1]]}}, "or as many for each class"),
+    ({"arrays": {"head.fc6.w": np.zeros((2, 128))}}, r"must have shape \(1600, 128\), got \(2, 128\)")])
 def test_files_that_hold_no_net_are_refused(tmp_path, change, message):
-    files.write_arrays(tmp_path / "w.npz", {}, {"model": "fast_rcnn", "spec": vars(SPEC), "settings": {}, **change})
+    files.write_arrays(tmp_path / "w.npz", change.pop("arrays", {}), {"model": "fast_rcnn", "spec": vars(SPEC), "settings": {}, **change})
     with pytest.raises(ValueError, match=rf"^fast_rcnn\.load: .*w\.npz must describe a net of fast_rcnn, got: .*{message}"):
         fast_rcnn.load(tmp_path / "w.npz")

@@ -498,6 +498,9 @@ def load(path):
 
 def _build(arrays, spec, dtype):
     spec = Spec(**spec)
-    if spec.table != "small" and "head.fc6.w" not in arrays:
-        raise ValueError(f"a net of table {spec.table} without its head.fc6.w")
+    table = TABLES[spec.table]
+    channels = [row[4] for row in table.trunk if len(row) == 5][-1]
+    wanted, found = (table.pool ** 2 * channels, table.hidden[0]), arrays["head.fc6.w"].shape
+    if found != wanted:                                                 # said before a net of half a gigabyte is made
+        raise ValueError(f"a net of table {spec.table}, whose head.fc6.w must have shape {wanted}, got {found}")
     return FastRCNN(spec, np.random.default_rng(0), dtype)
