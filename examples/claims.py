@@ -1,0 +1,576 @@
+"""Measure what a paper claims: run the arms of a small table of settings, compare them, print the table of README.
+
+    python examples/claims.py ohem --data FOLDER --quick            # a smoke run: few steps, one seed, no verdicts
+    python examples/claims.py ohem --data FOLDER --full             # three seeds; in the background: hours
+    python examples/claims.py ohem --data FOLDER --full --report    # no runs: the tables of what is there
+
+FOLDER holds the data sets by name. An arm is a command line of an example program; claims_<paper>.py beside this file lists them:
+PROGRAM   the example program, such as "ohem.py"
+DATA      {data set: options that all its arms share}
+ARMS      {arm: its options}; they come after those of the data set, and win
+ON        {data set: the arms that run on it}
+CLAIMS    a list of dicts, the fields of Claim below
+QUICK     options that --quick appends
+BENCH     optional {name: [program, options]}, run alone after all others; QUICK_BENCH: options that --quick appends
+
+The program takes --data, --seed, --name, --out, --resume and --backend, keeps its run in <out>/<name> (train.Run), and writes there
+detections.json (all detections on the evaluation set, as examples/detect.py gives them) and, last, results.json: "set", "AP50" by
+class, "mean AP50", "curve" (a list of {"step", "mean AP50", ...}), "seconds". A second evaluation of the same net lies under
+results["also"][variant] and in detections_<variant>.json; claims call it "arm@variant". A program of BENCH takes --json and
+--backend. A command that was stopped goes on when it is given again. Everything goes to <out>/<paper> (--quick: <paper>-quick):
+<run>/, <run>.json (its arguments), <run>.log, claims.json, curves_<data set>.png, all_loss_<data set>.png.
+"""
+import argparse
+import collections
+import dataclasses
+import importlib
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import common                                                       # before numpy, as tinydet: sets how BLAS threads wait
+import numpy as np
+import tinydet
+
+from tinydet import coco, data, draw, evaluate, files, train
+
+try:
+    import fcntl
+except ImportError:                                                 # Windows: nothing keeps a run from being started twice
+    fcntl = None
+
+HERE = Path(__file__).resolve().parent
+RESAMPLES, LEAST_SEEDS = 2000, 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """better - worse > 0 (lower: < 0); with than=(a, b): (better - worse) - (a - b) > 0, better gains more on worse than a on b.
+
+    text, paper: what is claimed, and the paper's figures, as the table shows them. better, worse, a, b: "arm" or "arm@variant".
+    metric: "AP50", the mean over the classes, or a path into results.json such as "curve.-1.all_loss". Where data names a
+    benchmark of BENCH in place of a data set, better and worse are paths into its JSON, to a number or to a list, one a turn.
+    That something has no effect is claimed against something that has one, with `than`.
+    """
+
+    text: str
+    paper: str
+    data: str
+    better: str
+    worse: str
+    than: tuple = ()
+    metric: str = "AP50"
+    lower: bool = False
+
+    @property
+    def signs(self):
+        return dict(zip((self.better, self.worse, *self.than), (1, -1, -1, 1)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One run of a program. shown: its arguments with FOLDER for the place of the data; command: what is started."""
+
+    name: str
+    shown: list
+    command: list
+    out: Path
+
+    @property
+    def folder(self):
+        return self.out / self.name
+
+    @property
+    def result(self):
+        return self.folder / "results.json"
+
+    @property
+    def record(self):
+        return self.out / f"{self.name}.json"
+
+    @property
+    def log(self):
+        return self.out / f"{self.name}.log"
+
+
+# The table of a paper
+
+def papers():
+    return sorted(path.stem.removeprefix("claims_") for path in HERE.glob("claims_*.py"))
+
+
+def read_table(paper):
+    """The module claims_<paper>, its CLAIMS as Claim. Raises ValueError for a name that the table does not explain."""
+    table = importlib.import_module(f"claims_{paper}")
+    op, bench = f"claims_{paper}", getattr(table, "BENCH", {})
+    claims = [Claim(**c) for c in table.CLAIMS]
+    for name, arms in table.ON.items():
+        known(op, "ON", name, table.DATA)
+        for arm in arms:
+            known(op, f"ON[{name!r}]", arm, table.ARMS)
+    for c in claims:
+        known(op, f"{c.text!r}: data", c.data, [*table.ON, *bench])
+        if len(c.than) not in (0, 2) or len(c.signs) != 2 + len(c.than):
+            raise ValueError(f"{op}: {c.text!r}: better, worse and than (none or two) must be different arms, got {list(c.signs)}")
+        for arm in c.signs if c.data in table.ON else ():
+            known(op, f"{c.text!r}: an arm on {c.data}", arm.partition("@")[0], table.ON[c.data])
+    slugs = [slug(arm) for arm in table.ARMS]
+    if twice := next((s for s in slugs if slugs.count(s) > 1), None):
+        raise ValueError(f"{op}: names of arms must differ in letters and digits, got two of {twice}")
+    return table, claims
+
+
+def known(op, where, name, names):
+    if name not in names:
+        raise ValueError(f"{op}: {where} must be one of {', '.join(names)}, got {name!r}")
+
+
+def slug(arm):
+    """The arm's name as part of a file's."""
+    return re.sub("[^a-z0-9.]+", "-", arm.lower()).strip("-")
+
+
+def jobs_of(args, table):
+    """Jobs of the arms by (data set, arm, seed), seed by seed, and those of the benchmarks by name."""
+    runs, benches, python = {}, {}, sys.executable
+    common = ["--backend", args.backend]
+    for seed in args.seeds:
+        for name, arms in table.ON.items():
+            for arm in arms:
+                settings = [*table.DATA[name], *table.ARMS[arm], *getattr(table, "QUICK", []) * args.quick, *common, "--seed", str(seed)]
+                run = f"{name}-{slug(arm)}-{seed}"
+                place = ["--data", str(args.data.resolve() / name)]
+                runs[name, arm, seed] = Job(run, [table.PROGRAM, "--data", f"FOLDER/{name}", *settings], [
+                    python, str(HERE / table.PROGRAM), *place, *settings, "--name", run, "--out", str(args.folder)], args.folder)
+    for name, (program, *settings) in getattr(table, "BENCH", {}).items():
+        settings = [*settings, *getattr(table, "QUICK_BENCH", []) * args.quick, *common]
+        job = Job(f"bench-{slug(name)}", [program, *settings], [], args.folder)
+        benches[name] = dataclasses.replace(job, command=[python, str(HERE / program), *settings, "--json", str(job.result)])
+    return runs, benches
+
+
+# Running
+
+def is_done(job):
+    """Whether the job's results are there. Raises ValueError if its folder holds a run of other arguments."""
+    if not job.record.exists():
+        if job.folder.exists():
+            raise ValueError(f"claims: {job.folder} must be a run of this program, got a folder without {job.record.name}: "
+                             "move it away")
+        return False
+    before = files.read_json(job.record).get("arguments")
+    if before != job.shown:
+        raise ValueError(f"claims: {job.folder} must hold a run of the arguments `{' '.join(job.shown)}`, got one of "
+                         f"`{' '.join(before or [])}`: move it away, or take another --out")
+    return job.result.exists()
+
+
+def start(job, threads):
+    """Start a job, or go on with it; its output goes to the end of its log. Raises RuntimeError if it is running already."""
+    resume = ["--resume"] * (job.folder / "config.json").exists()
+    with job.log.open("a") as log:
+        if fcntl:
+            try:
+                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)     # the child inherits the lock, and holds it until it ends
+            except OSError:
+                raise RuntimeError(f"claims: {job.name} must not be running already, got a process that writes {job.log}: "
+                                   "wait for it, or end it") from None
+        files.write(job.record, json.dumps({"arguments": job.shown}) + "\n")
+        job.folder.mkdir(exist_ok=True)
+        more = {"NUMBA_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+        return subprocess.Popen(job.command + resume, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **more})
+
+
+def run(jobs, at_a_time, bar):
+    """Run jobs, `at_a_time` beside each other, each with its share of the cores.
+
+    After one that fails no other is started; those running end, and RuntimeError names its log. If this is interrupted, they are
+    terminated: they go on from their last checkpoints.
+    """
+    waiting, running, failed = collections.deque(jobs), {}, []
+    threads = max(1, cores() // at_a_time)
+    try:
+        while running or (waiting and not failed):
+            while waiting and not failed and len(running) < at_a_time:
+                job = waiting.popleft()
+                running[job.name] = job, start(job, threads)
+                bar.set_postfix_str(", ".join(running))
+            for job, process in list(running.values()):
+                if process.poll() is not None:
+                    del running[job.name]
+                    bar.update()
+                    bar.set_postfix_str(", ".join(running))
+                    if process.returncode or not job.result.exists():
+                        failed.append(f"{job.log} (exit status {process.returncode}): {last_line(job.log)}")
+            time.sleep(0.05)
+    finally:
+        for _, process in running.values():
+            process.terminate()
+        for _, process in running.values():
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+    if failed:
+        raise RuntimeError(f"claims: every run must end well and write results.json, got a failure in {'; '.join(failed)}")
+
+
+def cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def last_line(path):
+    lines = path.read_text(errors="replace").replace("\r", "\n").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "nothing was written")
+
+
+def run_all(args, runs, benches):
+    """Run what is not done: the arms, --jobs at a time, then the benchmarks, each alone."""
+    args.folder.mkdir(parents=True, exist_ok=True)
+    wanted = [job for (_, arm, _), job in runs.items() if not args.only or arm in args.only]
+    alone = [] if args.only else list(benches.values())
+    done = [job for job in wanted + alone if is_done(job)]
+    with train.progress(None, total=len(wanted + alone), initial=len(done), desc=f"claims {args.paper}", unit="run") as bar:
+        run([job for job in wanted if job not in done], args.jobs, bar)
+        run([job for job in alone if job not in done], 1, bar)
+
+
+# AP of an image set in which an image may occur several times
+
+@dataclasses.dataclass(frozen=True)
+class Ranking:
+    """The detections of one class down to the last true positive, best first, as evaluate.voc ranks them.
+
+    found: image of each true positive; wrong: image of each false positive; before: how many false positives precede each true
+    positive; objects: (images,) objects that count.
+    """
+
+    found: np.ndarray
+    wrong: np.ndarray
+    before: np.ndarray
+    objects: np.ndarray
+
+    def ap(self, weights):
+        """AP (all points, IoU 0.5) of the set in which image i occurs weights[i] times (int64); NaN if that holds no object.
+
+        Copies of a detection rank side by side (CHOICE), also where two detections of an image and class have one score. With weights
+        1 it has the bits of evaluate.voc: precision falls at a false positive, so that the area depends on no other points of the
+        curve than those at true positives.
+        """
+        positives = weights @ self.objects
+        if not positives:
+            return float("nan")
+        tp = np.cumsum(weights[self.found])
+        fp = np.concatenate([[0], np.cumsum(weights[self.wrong])])[self.before]
+        return evaluate.average_precision(tp / positives, tp / np.maximum(tp + fp, 1))
+
+
+def rankings(detections, examples, classes):
+    """A Ranking for each class. Arguments as in evaluate.voc, whose matching (IoU >= 0.5) and order of ties this keeps."""
+    found = []
+    for k in range(len(classes)):
+        hits, scores, images, objects = [np.zeros(0, int)], [np.zeros(0)], [np.zeros(0, int)], []
+        for i, ((boxes, labels, s), example) in enumerate(zip(detections, examples)):
+            mine, true = np.flatnonzero(labels == k), example.labels == k
+            mine = mine[np.argsort(-s[mine], kind="stable")]
+            hits.append(evaluate.match(boxes[mine], example.boxes[true], example.difficult[true], 0.5, False))
+            scores.append(s[mine])
+            images.append(np.full(len(mine), i))
+            objects.append(int((true & ~example.difficult).sum()))
+        hits, scores, images = map(np.concatenate, (hits, scores, images))
+        order = np.argsort(-scores, kind="stable")
+        hits, images = hits[order], images[order]
+        at = np.flatnonzero(hits == 1)
+        before = np.cumsum(hits == 0)[at]
+        found.append(Ranking(images[at], images[hits == 0][:before.max(initial=0)], before, np.array(objects, np.int64)))
+    return found
+
+
+def mean_ap(ranked, weights):
+    """Mean over the classes with objects, as evaluate.mean_ap; NaN if none has."""
+    aps = [ap for ap in (r.ap(weights) for r in ranked) if not math.isnan(ap)]
+    return float(np.mean(aps)) if aps else float("nan")
+
+
+def results_of(job):
+    """A run's results.json. Raises ValueError naming the file if a key is missing."""
+    found = files.read_json(job.result)
+    if missing := [k for k in ("set", "AP50", "mean AP50") if not isinstance(found, dict) or k not in found]:
+        raise ValueError(f"claims: {job.result} must hold set, AP50 and mean AP50, got no {missing[0]}")
+    return found
+
+
+def evaluation_set(folder, job):
+    """The examples that a run was evaluated on, and the classes, read as the run did."""
+    config = files.read_json(job.folder / "config.json")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", data.DefectWarning)         # the runs have told them
+        _, examples, classes = common.read(argparse.Namespace(
+            data=folder, train_set=config.get("train_set", "train"), eval_set=results_of(job)["set"]))
+    return examples, list(classes)
+
+
+def resampled(args, claims, runs, done):
+    """Mean AP50 of every run that a claim on it needs, on RESAMPLES sets of as many images, drawn with replacement.
+
+    The draws are the same for all runs on a data set. Returns {(data set, "arm" or "arm@variant", seed): (RESAMPLES,) float64}.
+    Raises ValueError if detections do not give the AP50 of results.json, or the runs were evaluated on different sets.
+    """
+    wanted = list(dict.fromkeys((c.data, arm, seed) for c in claims if c.metric == "AP50" for seed in args.seeds for arm in c.signs
+                                if (c.data, arm.partition("@")[0], seed) in done))
+    found, sets = {}, {}
+    for name, arm, seed in train.progress(wanted, desc="bootstrap", unit="run", disable=not wanted):
+        arm_, _, variant = arm.partition("@")
+        job = runs[name, arm_, seed]
+        if name not in sets:
+            examples, classes = evaluation_set(args.data / name, job)
+            rng, N = np.random.default_rng(0), len(examples)
+            draws = [np.bincount(rng.integers(N, size=N), minlength=N) for _ in range(RESAMPLES)]
+            sets[name] = examples, [results_of(job)["set"], classes], draws
+        examples, which, draws = sets[name]
+        results = results_of(job)
+        if [results["set"], list(results["AP50"])] != which:
+            raise ValueError(f"claims: {job.result} must be an evaluation of {which}, as the other runs on {name}, got "
+                             f"{[results['set'], list(results['AP50'])]}")
+        path = job.folder / (f"detections_{variant}.json" if variant else "detections.json")
+        detections, _ = coco.named_results(path, [e.name for e in examples], which[1])
+        ranked = rankings(detections, examples, which[1])
+        told, got = number(job, arm, "AP50"), mean_ap(ranked, np.ones(len(examples), np.int64))
+        if not abs(told - got) < 1e-9:
+            raise ValueError(f"claims: {path} must give the mean AP50 in results.json, {told}, got {got}")
+        found[name, arm, seed] = np.array([mean_ap(ranked, w) for w in draws])
+    return found
+
+
+# Claims
+
+def number(job, arm, metric):
+    """A number of a run's results.json. Raises ValueError naming file and place if there is none."""
+    variant = arm.partition("@")[2]
+    path = [*["also", variant] * bool(variant), *(["mean AP50"] if metric == "AP50" else metric.split("."))]
+    value = at(job.result, path)
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"claims: {job.result} must hold a number at {'.'.join(path)}, got {value!r}")
+    return value
+
+
+def at(file, path):
+    """The value at a path in a JSON file: keys of objects, and places in lists (-1: the last)."""
+    value = files.read_json(file)
+    for key in path:
+        try:
+            value = value[int(key) if isinstance(value, list) else key]
+        except (KeyError, IndexError, TypeError, ValueError):
+            raise ValueError(f"claims: {file} must hold a value at {'.'.join(path)}, got none at {key}") from None
+    return value
+
+
+def interval(differences, rng):
+    """95 % percentile bootstrap interval (low, high) of the mean over seeds. differences: (seeds, RESAMPLES) float64.
+
+    Resample b draws seeds with replacement and takes their differences in column b, in which the images were drawn (hierarchical).
+    Seeds alone (equal columns): of three seeds there are ten samples, and the extreme ones, one seed three times, have more than
+    2.5 % each: the interval runs from the least difference to the largest, and excludes 0 if all have one sign, which without
+    any effect happens in one case of four. It is read as that, and no more. None if no resample has a value.
+    """
+    S, B = differences.shape
+    drawn = rng.integers(S, size=(B, S))
+    means = differences[drawn, np.arange(B)[:, None]].mean(1)
+    means = means[np.isfinite(means)]                               # NaN: a set of images without an object
+    return [float(v) for v in np.percentile(means, [2.5, 97.5])] if len(means) else None
+
+
+def verdict(interval, pairs, lower=False, quick=False):
+    """"holds": the interval lies wholly on the claimed side of 0; "does not hold": wholly on the other; else "not resolved".
+
+    Also "not resolved": fewer than LEAST_SEEDS pairs (seeds; turns of a benchmark), or no interval.
+    """
+    if quick:
+        return "quick run, no verdict"
+    if interval is None or pairs < LEAST_SEEDS:
+        return "not resolved"
+    low, high = (-interval[1], -interval[0]) if lower else interval
+    return "holds" if low > 0 else "does not hold" if high < 0 else "not resolved"
+
+
+def judge(claim, args, runs, done, benches, resamples):
+    """The claim's fields, values of its arms with the same seed, differences, interval and verdict: a JSON value."""
+    found = {**dataclasses.asdict(claim), "seeds": [], "values": {}, "differences": [], "interval": None, "verdict": "not measured"}
+    if claim.data in benches:
+        if not is_done(benches[claim.data]):
+            return found
+        values = {path: np.atleast_1d(np.array(at(benches[claim.data].result, path.split(".")), float)) for path in claim.signs}
+        if len({len(v) for v in values.values()}) > 1:
+            raise ValueError(f"claims: {claim.text!r}: the lists must be as long as each other, got "
+                             + ", ".join(f"{len(v)} at {path}" for path, v in values.items()))
+        seeds = list(range(len(values[claim.better])))              # turns, in truth
+    else:
+        of = {arm: (claim.data, arm.partition("@")[0]) for arm in claim.signs}
+        seeds = [s for s in args.seeds if all((*key, s) in done for key in of.values())]
+        values = {arm: np.array([number(runs[(*key, s)], arm, claim.metric) for s in seeds]) for arm, key in of.items()}
+    if not seeds:
+        return found
+    differences = sum(sign * values[arm] for arm, sign in claim.signs.items())
+    if claim.data not in benches and claim.metric == "AP50":
+        drawn = sum(sign * np.stack([resamples[claim.data, arm, s] for s in seeds]) for arm, sign in claim.signs.items())
+    else:
+        drawn = np.repeat(differences[:, None], RESAMPLES, 1) if len(seeds) > 1 else None
+    between = None if drawn is None else interval(drawn, np.random.default_rng(1))
+    return {**found, "seeds": seeds, "differences": differences.tolist(), "interval": between,
+            "values": {arm: {"each": v.tolist(), "mean": float(v.mean()), "sd": float(v.std(ddof=1)) if len(v) > 1 else None}
+                       for arm, v in values.items()},
+            "verdict": verdict(between, len(seeds), claim.lower, args.quick)}
+
+
+def arm_summary(jobs):
+    """The finished runs of one arm: figures by seed, and the mean of their curves at the steps that all have. jobs: {seed: Job}."""
+    results, first = {seed: results_of(job) for seed, job in jobs.items()}, next(iter(jobs.values()))
+    curves = [{record["step"]: record for record in r.get("curve", [])} for r in results.values()]
+    steps = sorted(set.intersection(*map(set, curves)))
+    names = [k for k in curves[0][steps[0]] if k != "step"] if steps else []
+    curve = [{"step": s, **{k: mean([c[s].get(k) for c in curves]) for k in names}} for s in steps]
+    return {"command": " ".join(["python examples/" + first.shown[0], *first.shown[1:-1], "S"]), "seeds": list(results),
+            "mean AP50": [r["mean AP50"] for r in results.values()],
+            "also": {v: [number(job, f"@{v}", "AP50") for job in jobs.values()] for v in results_of(first).get("also", {})},
+            "seconds": [r.get("seconds") for r in results.values()], "curve": curve,
+            "last two": [record.get("mean AP50") for record in curve[-2:]]}
+
+
+def mean(values):
+    """Mean of numbers; None if one of them is missing or NaN."""
+    return None if any(v is None or math.isnan(v) for v in values) else float(np.mean(values))
+
+
+# Report
+
+def report(args, table, claims, runs, benches):
+    """Judge all claims on the runs that are done: a JSON value."""
+    done = {key for key, job in runs.items() if is_done(job)}
+    resamples = resampled(args, claims, runs, done)
+    arms = {name: {} for name in table.ON}
+    for name, listed in table.ON.items():
+        for arm in listed:
+            if there := {s: runs[name, arm, s] for s in args.seeds if (name, arm, s) in done}:
+                arms[name][arm] = arm_summary(there)
+    measured = {name: {"command": " ".join(["python examples/" + job.shown[0], *job.shown[1:]]), "result": files.read_json(job.result)}
+                for name, job in benches.items() if is_done(job)}
+    missing = [job.name for key, job in runs.items() if key not in done] + [job.name for name, job in benches.items() if name not in measured]
+    return {"paper": args.paper, "quick": args.quick, "seeds": args.seeds, "resamples": RESAMPLES, "missing": missing,
+            "claims": [judge(c, args, runs, done, benches, resamples) for c in claims], "arms": arms, "benchmarks": measured}
+
+
+def markdown(found):
+    """Lines of markdown: the claims, the ends of the curves, the commands."""
+    lines = ["| claim | paper | data | ours | against | paired differences | 95 % interval | verdict |", "| --- " * 8 + "|"]
+    for c in found["claims"]:
+        scale, form = (100, ".1f") if c["metric"] == "AP50" and c["data"] in found["arms"] else (1, ".4g")
+
+        def told(*arms):
+            return " − ".join(f"{arm}: {shown(c['values'].get(arm), scale, form)}" for arm in arms)
+
+        each = [format(scale * d, "+" + form) for d in c["differences"]]
+        each = " ".join(each) if len(each) <= 5 else f"{len(each)} pairs, mean {scale * np.mean(c['differences']):+{form}}"
+        between = " .. ".join(format(scale * v, "+" + form) for v in c["interval"]) if c["interval"] else "-"
+        cells = (told(c["better"], c["worse"]), told(*c["than"])) if c["than"] else (told(c["better"]), told(c["worse"]))
+        lines.append(f"| {c['text']} | {c['paper']} | {c['data']} | {cells[0]} | {cells[1]} | {each or '-'} | {between} | {c['verdict']} |")
+    lines += ["", "Mean AP50 at the last two points of the curve on the evaluation set, mean of the seeds:", "",
+              "| data | arm | seeds | steps | last but one | last |", "| --- " * 6 + "|"]
+    for name, arms in found["arms"].items():
+        for arm, a in arms.items():
+            last = ["-" if v is None else f"{100 * v:.1f}" for v in [None, None, *a["last two"]][-2:]]
+            lines.append(f"| {name} | {arm} | {len(a['seeds'])} | {a['curve'][-1]['step'] if a['curve'] else '-'} | {' | '.join(last)} |")
+    commands = [each["command"] for group in (*found["arms"].values(), found["benchmarks"]) for each in group.values()]
+    lines += ["", f"Commands, S in {' '.join(map(str, found['seeds']))}:", "", *("    " + c for c in commands)] if commands else []
+    return lines
+
+
+def shown(value, scale, form):
+    """Mean and spread of an arm as text."""
+    if value is None:
+        return "-"
+    return f"{scale * value['mean']:{form}}" + ("" if value["sd"] is None else f" ± {scale * value['sd']:{form if scale > 1 else '.2g'}}")
+
+
+def pictures(found, table, folder):
+    """Draw the mean curves of each data set: AP50 and, where the runs have it, the mean loss over all regions."""
+    for name, arms in found["arms"].items():
+        for metric, label, stem in (("mean AP50", "mean AP50", "curves"), ("all_loss", "mean loss over all regions", "all_loss")):
+            curves = {arm: [(r["step"], r[metric]) for r in a["curve"] if r.get(metric) is not None] for arm, a in arms.items()}
+            if any(curves.values()):
+                figure, axes = draw._axes("step", label, f"{found['paper']}, {name}: mean over the seeds")
+                for i, arm in enumerate(table.ARMS):                # an arm has its colour on every data set
+                    if curves.get(arm):
+                        axes.plot(*zip(*curves[arm]), marker=".", color=draw.COLOURS[i % len(draw.COLOURS)],
+                                  linestyle=("-", "--", ":")[i // len(draw.COLOURS) % 3], label=arm)
+                axes.legend(fontsize="small")
+                draw.save(figure, folder / f"{stem}_{name}.png")
+
+
+def arguments(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    a = parser.add_argument
+    a("paper", choices=papers(), help="the table claims_<paper>.py")
+    a("--data", type=Path, required=True, metavar="FOLDER", help="holds the data sets in folders by their names")
+    size = parser.add_mutually_exclusive_group(required=True)
+    size.add_argument("--quick", action="store_true", help="a smoke run: the options QUICK of the table, one seed, no verdicts")
+    size.add_argument("--full", action="store_true", help="what README shows")
+    a("--report", action="store_true", help="run nothing: only the tables of the runs that are done")
+    a("--only", nargs="+", metavar="ARM", help="run these arms alone")
+    a("--seeds", nargs="+", type=int, metavar="S", help="(0 1 2; --quick: 0)")
+    a("--jobs", type=int, default=2, metavar="N", help="runs at a time, which share the cores (%(default)s)")
+    a("--backend", choices=tinydet.backend.BACKENDS, default="numba", help="of the runs; cuda: on a GPU (%(default)s)")
+    a("--out", type=Path, default=Path("runs/claims"), metavar="FOLDER", help="where the runs go, in a folder of the paper (%(default)s)")
+    a("--json", type=Path, metavar="FILE", help="where the figures go (<out>/<paper>/claims.json)")
+    args = parser.parse_args(argv)
+    args.seeds = args.seeds or [0, 1, 2][:1 if args.quick else 3]
+    if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds) or args.jobs < 1:
+        parser.error(f"--seeds must be different and not negative, --jobs at least 1, got {args.seeds} and {args.jobs}")
+    if args.json and not args.json.resolve().parent.is_dir():
+        parser.error(f"--json {args.json} must be a file in a folder that exists")
+    args.folder = (args.out / (args.paper + "-quick" * args.quick)).resolve()
+    args.json = args.json or args.folder / "claims.json"
+    return args
+
+
+def main(args):
+    draw.require()
+    table, claims = read_table(args.paper)
+    for arm in args.only or ():
+        known("claims", "--only", arm, table.ARMS)
+    for name in table.ON:
+        if not (args.data / name).is_dir():
+            raise FileNotFoundError(f"claims: --data must hold the data sets {', '.join(table.ON)}, got no folder {args.data / name}")
+    runs, benches = jobs_of(args, table)
+    if not args.report:
+        run_all(args, runs, benches)
+    elif not args.folder.is_dir():
+        raise FileNotFoundError(f"claims: --report needs runs, got no folder {args.folder}")
+    found = report(args, table, claims, runs, benches)
+    files.write(args.json, json.dumps(found, indent=1, allow_nan=False) + "\n")
+    pictures(found, table, args.folder)
+    print("\n".join(markdown(found)))
+    print(f"\nruns missing: {len(found['missing'])}" * bool(found["missing"]) + f"\nfigures: {args.json}; curves: {args.folder}")
+    return found
+
+
+def terminated(*_):
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    args = arguments()
+    signal.signal(signal.SIGTERM, terminated)
+    try:
+        main(args)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"\nstopped; the same command goes on from the last checkpoints in {args.folder}")

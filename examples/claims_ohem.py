@@ -1,0 +1,49 @@
+"""OHEM (1604.03540): the settings and claims of examples/claims.py ohem. Paper's figures: mAP on VOC07 test, VGG16 unless said.
+
+OHEM has bg_lo 0 and no quota of positives, random sampling bg_lo 0.1 and a quarter of positives; both N = 2. B = 512 here, chosen on
+bccd's validation images: with a dozen objects an image 64 regions hold hardly any background (the paper: 128, two to three objects an image).
+"""
+PROGRAM = "ohem.py"
+
+DATA = {"bccd": ["--steps", "1000", "--batch", "512", "--nms", "0.4", "--measure-every", "250", "--workers", "0", "--also-iterate"],
+        "apple-orchard": ["--steps", "1000", "--batch", "512", "--nms", "0.4", "--measure-every", "250", "--workers", "0", "--also-iterate", "--share", "0.9",
+                          "--short", "480"]}
+
+ARMS = {"random": ["--sampler", "random"],
+        "ohem": ["--sampler", "ohem"],
+        "random, bg_lo 0": ["--sampler", "random", "--bg-lo", "0"],
+        "ohem, bg_lo 0.1": ["--sampler", "ohem", "--bg-lo", "0.1"],
+        "random, N=1": ["--sampler", "random", "--images", "1", "--batch", "256"],
+        "ohem, N=1": ["--sampler", "ohem", "--images", "1", "--batch", "256"],
+        "all": ["--sampler", "all"],
+        "ssd": ["--sampler", "ssd"],
+        "focal": ["--sampler", "focal"],
+        "ohem, multi-scale": ["--sampler", "ohem", "--short", "180", "240", "320", "--test-short", "180", "240", "320"]}
+
+ON = {"bccd": list(ARMS), "apple-orchard": ["random", "ohem"]}
+
+QUICK = ["--steps", "4", "--measure-every", "2"]
+
+BENCH = {"cost": ["bench_ohem.py"]}
+QUICK_BENCH = ["--turns", "2", "--regions", "50"]
+
+ALL_LOSS = {"data": "bccd", "better": "ohem", "metric": "all_loss", "lower": True, "paper": "a plot: OHEM lowest"}
+
+CLAIMS = [
+    *(dict(text="OHEM beats the heuristics", paper="69.9 against 67.2 (VGG_M: 62.0 against 59.6)", data=name, better="ohem", worse="random")
+      for name in ON),
+    dict(text="without bg_lo random sampling loses", paper="VGG_M: 59.6 to 57.2 (VGG16: 67.2 to 67.5, unverified)", data="bccd",
+         better="random", worse="random, bg_lo 0"),
+    dict(text="without bg_lo OHEM loses less than random sampling", paper="OHEM has none", data="bccd",
+         better="random", worse="random, bg_lo 0", than=("ohem, bg_lo 0.1", "ohem")),
+    dict(text="N=1 costs OHEM less than random sampling", paper="69.9 to 69.7, against 67.2 to 66.3", data="bccd",
+         better="random", worse="random, N=1", than=("ohem", "ohem, N=1")),
+    dict(text="OHEM beats training on all regions", paper="69.9 against 68.7 (unverified)", data="bccd", better="ohem", worse="all"),
+    *(dict(text=f"OHEM ends with a lower mean loss over all regions than {worse}", worse=worse, **ALL_LOSS)
+      for worse in ("random", "random, bg_lo 0", "all")),
+    dict(text="iterated boxes with voting add", paper="with multi-scale 69.9 to 75.1", data="bccd", better="ohem@iterate", worse="ohem"),
+    dict(text="multi-scale adds", paper="with iterated boxes 69.9 to 75.1", data="bccd", better="ohem, multi-scale", worse="ohem"),
+    dict(text="OHEM beats SSD's 3:1", paper="-", data="bccd", better="ohem", worse="ssd"),
+    dict(text="OHEM beats focal loss", paper="-", data="bccd", better="ohem", worse="focal"),
+    dict(text="two networks take less time than one with zeroed weights", paper="less than half (unverified)", data="cost",
+         better="turns.ohem", worse="turns.zeroing", lower=True)]

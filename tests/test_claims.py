@@ -1,0 +1,433 @@
+"""The runner of the papers' claims, on a stand-in program: what runs, goes on, is refused; the statistics by hand."""
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+
+from tinydet import data, evaluate, scenes
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+sys.path.insert(0, str(EXAMPLES))
+claims = importlib.import_module("claims")
+
+# Finds a share --gain of the objects of truth.json, which also has their AP. Imports nothing slow
+PROGRAM = '''
+import json, os, sys, time
+resume = "--resume" in sys.argv
+words = [w for w in sys.argv[1:] if w != "--resume"]
+args = dict(zip(words[::2], words[1::2]))                           # the last of two wins
+seed, steps, gain, name = int(args["--seed"]), int(args["--steps"]), float(args["--gain"]), args["--name"]
+run = args["--out"] + "/" + name
+assert resume == os.path.exists(run + "/config.json"), "resumed without a run, or begun twice"
+os.makedirs(run, exist_ok=True)
+
+def write(file, value):
+    with open(run + "/" + file, "w") as f:
+        json.dump(value, f)
+
+write("config.json", {})
+print(f"resume {resume}, threads {os.environ.get('NUMBA_NUM_THREADS')} {os.environ.get('OPENBLAS_NUM_THREADS')}", flush=True)
+if os.environ.get("SLOW") and not resume:
+    time.sleep(60)
+if os.environ.get("FAIL") == name:
+    sys.exit("error: the loss must be finite, got nan")
+with open(args["--data"] + "/truth.json") as f:
+    truth, aps = json.load(f)
+
+def evaluate(file, gain):
+    rank = [(i * 7 + seed * 3) % 10 for i in range(len(truth))]
+    write(file, [{"image": image, "class": "disc", "box": [v + 500 * (r >= 10 * gain) for v in box], "score": 0.9 - 0.01 * r}
+                 for r, (image, box) in zip(rank, truth)])
+    return aps[f"{gain:g} {seed}"]
+
+ap, voting = evaluate("detections.json", gain), evaluate("detections_voting.json", min(1, gain + 0.1))
+curve = [{"step": s, "mean AP50": ap * s / steps, "all_loss": 1 / s - gain} for s in (1, steps // 2, steps)]
+write("results.json", {"set": "val", "AP50": {"disc": ap}, "mean AP50": ap, "seconds": 1, "curve": curve, "also": {"voting": {"mean AP50": voting}}})
+'''
+
+TABLE = '''
+PROGRAM = "toy.py"
+DATA = {"discs": ["--steps", "8"]}
+ARMS = {"good": ["--gain", "0.9"], "Bad, N=1": ["--gain", "0.3"], "same": ["--gain", "0.9"]}
+ON = {"discs": list(ARMS)}
+QUICK = ["--steps", "4"]
+BENCH = {"cost": ["bench.py"]}
+CLAIMS = [dict(text="good is better", paper="2 against 1", data="discs", better="good", worse="Bad, N=1"),
+          dict(text="bad is better", paper="-", data="discs", better="Bad, N=1", worse="good"),
+          dict(text="they differ", paper="-", data="discs", better="good", worse="same"),
+          dict(text="good gains more", paper="-", data="discs", better="good", worse="Bad, N=1", than=("good@voting", "same")),
+          dict(text="lower loss", paper="-", data="discs", better="good", worse="Bad, N=1", metric="curve.-1.all_loss", lower=True),
+          dict(text="costs less", paper="-", data="cost", better="rows.0.ms", worse="rows.1.ms", lower=True)]
+'''
+
+BENCH = '''
+import json, sys
+json.dump({"rows": [{"ms": [1, 2, 3]}, {"ms": [3, 4, 5]}]}, open(sys.argv[sys.argv.index("--json") + 1], "w"))
+'''
+
+
+def object_set(images=12, seed=0):
+    """Examples with one to three objects each, and the class."""
+    rng, examples = np.random.default_rng(seed), []
+    for i in range(images):
+        n = 1 + i % 3
+        corner = rng.integers(0, 60, (n, 2)) + 100 * np.arange(n)[:, None]
+        examples.append(data.Example(f"image{i:02}", None, (400, 400), np.concatenate([corner, corner + 30], 1).astype(float),
+                                     np.zeros(n, np.int64), np.zeros(n, bool)))
+    return examples
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder of example programs (claims.py runs there), with a data set; returns a function that calls claims.main."""
+    examples = object_set()
+    folder = tmp_path / "sets" / "discs"
+    folder.mkdir(parents=True)
+    truth = [(e.name, box.tolist()) for e in examples for box in e.boxes]
+    aps = {}
+    for gain in (0.3, 0.4, 0.9, 1.0):
+        for seed in range(3):
+            rank = [(i * 7 + seed * 3) % 10 for i in range(len(truth))]
+            boxes = [np.array(box) + 500 * (r >= 10 * gain) for (_, box), r in zip(truth, rank)]
+            mine = [[i for i, (name, _) in enumerate(truth) if name == e.name] for e in examples]
+            found = [(np.array([boxes[i] for i in at]), np.zeros(len(at), int), np.array([0.9 - 0.01 * rank[i] for i in at])) for at in mine]
+            aps[f"{gain:g} {seed}"] = evaluate.voc(found, examples, ["disc"])["disc"].ap
+    (folder / "truth.json").write_text(json.dumps([truth, aps]))
+    for name, text in (("toy.py", PROGRAM), ("bench.py", BENCH), ("claims_toy.py", TABLE)):
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(claims, "HERE", tmp_path)
+    monkeypatch.setattr(claims, "RESAMPLES", 200)
+    pictures = claims.pictures
+    monkeypatch.setattr(claims, "pictures", lambda *_: None)        # matplotlib is slow
+    monkeypatch.setattr(claims, "evaluation_set", lambda folder, job: (examples, ["disc"]))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "claims_toy", raising=False)
+
+    def call(*options):
+        return claims.main(claims.arguments(["toy", "--data", str(tmp_path / "sets"), "--out", str(tmp_path / "out"), *options]))
+
+    def prepare(*options):
+        """What these options would run, in this process: no programs are started."""
+        args = claims.arguments(["toy", "--data", str(tmp_path / "sets"), "--out", str(tmp_path / "out"), *options])
+        args.folder.mkdir(parents=True)
+        for job in claims.jobs_of(args, claims.read_table("toy")[0])[0].values():
+            job.record.write_text(json.dumps({"arguments": job.shown}))
+            monkeypatch.setattr(sys, "argv", job.command[1:])
+            exec(PROGRAM, {})
+    call.folder, call.aps, call.prepare, call.pictures = tmp_path / "out" / "toy", aps, prepare, pictures
+    return call
+
+
+def test_a_full_run_its_table_and_files(place, capsys, monkeypatch):
+    place.prepare("--full", "--seeds", "1", "2")
+    with monkeypatch.context() as m:
+        m.setattr(claims, "pictures", place.pictures)
+        found = place("--full")
+    assert found["missing"] == [] and found["seeds"] == [0, 1, 2]
+    good = [place.aps[f"0.9 {s}"] for s in range(3)]
+    bad = [place.aps[f"0.3 {s}"] for s in range(3)]
+    first, second, third, fourth, loss, cost = found["claims"]
+    assert_allclose(first["differences"], np.subtract(good, bad))
+    assert first["values"]["good"]["each"] == good and first["values"]["Bad, N=1"]["sd"] == pytest.approx(np.std(bad, ddof=1))
+    assert_allclose(first["interval"], -np.array(second["interval"])[::-1])
+    assert first["interval"][0] < np.mean(first["differences"]) < first["interval"][1]
+    voting = [place.aps[f"1 {s}"] for s in range(3)]
+    assert_allclose(fourth["differences"], np.subtract(good, bad) - np.subtract(voting, good))
+    assert_allclose(loss["differences"], -0.6)
+    assert cost["differences"] == [-2, -2, -2] and cost["interval"] == [-2, -2]
+    assert [c["verdict"] for c in found["claims"]] == ["holds", "does not hold", "not resolved", "holds", "holds", "holds"]
+    curve = found["arms"]["discs"]["good"]["curve"]
+    assert [r["step"] for r in curve] == [1, 4, 8]
+    assert_allclose(found["arms"]["discs"]["good"]["last two"], [np.mean(good) / 2, np.mean(good)])
+    assert curve[-1]["all_loss"] == pytest.approx(1 / 8 - 0.9)
+    assert found["arms"]["discs"]["good"]["also"] == {"voting": voting}
+
+    assert json.loads((place.folder / "claims.json").read_text()) == json.loads(json.dumps(found))
+    assert {"curves_discs.png", "all_loss_discs.png", "discs-bad-n-1-0.log"} <= {p.name for p in place.folder.iterdir()}
+    threads = max(1, claims.cores() // 2)
+    assert (place.folder / "discs-good-0.log").read_text() == f"resume False, threads {threads} {threads}\n"
+    out = capsys.readouterr().out
+    row = next(line for line in out.splitlines() if line.startswith("| good is better"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[1:4] == ["2 against 1", "discs", f"good: {100 * np.mean(good):.1f} ± {100 * np.std(good, ddof=1):.1f}"] and cells[-1] == "holds"
+    assert cells[5].split() == [f"{100 * (g - b):+.1f}" for g, b in zip(good, bad)]
+    assert "    python examples/toy.py --data FOLDER/discs --steps 8 --gain 0.9 --backend numba --seed S\n" in out
+    assert str(place.folder.parent.parent) not in json.dumps(found)         # no path of this machine
+
+    written = (place.folder / "discs-good-0.log").read_text()
+    monkeypatch.setattr(claims, "start", None)
+    assert place("--full")["claims"] == found["claims"]                     # nothing runs again
+    assert (place.folder / "discs-good-0.log").read_text() == written
+
+
+def test_a_quick_run_gives_no_verdict(place):
+    place.prepare("--quick")
+    found = place("--quick", "--report")
+    assert [c["verdict"] for c in found["claims"]] == ["quick run, no verdict"] * 5 + ["not measured"] and found["seeds"] == [0]
+    assert found["claims"][0]["interval"] is not None and found["claims"][4]["interval"] is None      # one seed, but many images
+    assert found["arms"]["discs"]["good"]["curve"][-1]["step"] == 4
+    assert not place.folder.exists() and (place.folder.parent / "toy-quick" / "discs-good-0").is_dir()
+
+
+def test_what_is_missing_is_not_measured(place, capsys):
+    place.prepare("--full")
+    for seed in range(3):
+        shutil.rmtree(place.folder / f"discs-bad-n-1-{seed}")
+    found = place("--full", "--only", "good", "same")                       # both are done: nothing is started
+    assert [c["verdict"] for c in found["claims"]] == ["not measured"] * 2 + ["not resolved"] + ["not measured"] * 3
+    assert found["missing"] == [f"discs-bad-n-1-{s}" for s in range(3)] + ["bench-cost"]
+    assert "runs missing: 4\n" in capsys.readouterr().out
+    (place.folder / "discs-good-1" / "results.json").unlink()
+    found = place("--full", "--report")
+    assert found["claims"][2]["seeds"] == [0, 2] and found["claims"][2]["verdict"] == "not resolved"
+    assert "discs-good-1" in found["missing"] and not (place.folder / "discs-good-1" / "results.json").exists()
+
+
+def test_a_run_that_fails_is_named_and_stops_the_rest(place, monkeypatch):
+    monkeypatch.setenv("FAIL", "discs-bad-n-1-0")
+    with pytest.raises(RuntimeError, match=r"discs-bad-n-1-0\.log \(exit status 1\): error: the loss must be finite, got nan$"):
+        place("--full", "--jobs", "1")
+    assert (place.folder / "discs-good-0" / "results.json").exists() and not (place.folder / "discs-same-0").exists()
+    monkeypatch.delenv("FAIL")
+    place("--full", "--only", "Bad, N=1", "--seeds", "0")
+    assert (place.folder / "discs-bad-n-1-0.log").read_text().splitlines()[-1].startswith("resume True")
+
+
+@pytest.mark.parametrize("last, told", [("Path('c/results.json').write_text('{}'); sys.exit('no memory')", r"c.log \(exit status 1\): no memory"),
+                                        ("print('fine', end='\\r')", r"c.log \(exit status 0\): fine"), ("", r"c.log \(exit status 0\): nothing")])
+def test_after_a_failure_nothing_starts_and_what_runs_ends(tmp_path, last, told):
+    """A run that ends badly, or without results; beside it one that ends later, and is kept."""
+    def job(name, code):
+        code = f"import os, sys, time; from pathlib import Path; os.chdir({str(tmp_path)!r}); {code}"
+        return claims.Job(name, [name], [sys.executable, "-S", "-c", code], tmp_path)
+
+    class Bar:
+        set_postfix_str = update = staticmethod(lambda *_: None)
+
+    jobs = [job("c", last), job("b", "time.sleep(0.15); Path('b/results.json').write_text('{}')"), job("a", "Path('begun').touch()")]
+    with pytest.raises(RuntimeError, match=told):
+        claims.run(jobs, 2, Bar)
+    assert claims.is_done(jobs[1]) and not (tmp_path / "begun").exists()
+    with pytest.raises(RuntimeError, match="a.log"):
+        claims.run(jobs[2:], 1, Bar)
+    assert (tmp_path / "begun").exists()
+
+
+@pytest.mark.skipif(claims.fcntl is None, reason="needs SIGTERM and locks")
+def test_a_stopped_run_goes_on(place, tmp_path, monkeypatch):
+    """SIGTERM ends the children too; the same command resumes what had begun. A child that is still there is not started again."""
+    options, locked = ("--full", "--seeds", "0", "--only", "good", "Bad, N=1"), []
+    job = claims.Job("discs-good-0", ["x"], [sys.executable, "-c", ""], place.folder)
+
+    def stop():
+        logs = [place.folder / f"discs-{arm}-0.log" for arm in ("good", "bad-n-1")]
+        while not all(log.exists() and log.read_text() for log in logs):
+            time.sleep(0.01)
+        try:
+            with pytest.raises(RuntimeError, match="discs-good-0 must not be running already, got a process that writes .*discs-good-0.log"):
+                claims.start(job, 1)
+            locked.append(time.monotonic())
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setenv("SLOW", "1")
+    before, thread = signal.signal(signal.SIGTERM, claims.terminated), threading.Thread(target=stop)
+    try:
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            place(*options)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        thread.join()
+    assert time.monotonic() - locked[0] < 20, "the children were not terminated"
+    assert not (place.folder / "discs-good-0" / "results.json").exists()
+    found = place(*options)                                         # still SLOW: had they not resumed, they would sleep
+    assert found["claims"][0]["seeds"] == [0]
+    for arm in ("good", "bad-n-1"):
+        assert [line[:12] for line in (place.folder / f"discs-{arm}-0.log").read_text().splitlines()] == ["resume False", "resume True,"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(claims.fcntl is None, reason="needs SIGTERM")
+def test_the_command_is_stopped_and_given_again(place, tmp_path, monkeypatch):
+    for name in ("claims.py", "common.py"):
+        shutil.copy(EXAMPLES / name, tmp_path)
+    command = [sys.executable, str(tmp_path / "claims.py"), "toy", "--data", str(tmp_path / "sets"), "--out", str(tmp_path / "out"), "--quick"]
+    process = subprocess.Popen(command, env={**os.environ, "SLOW": "1"}, stderr=subprocess.PIPE, text=True)
+    folder = tmp_path / "out" / "toy-quick"
+    while not (folder / "discs-good-0" / "config.json").exists() and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    told = process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and f"stopped; the same command goes on from the last checkpoints in {folder}" in told
+    again = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert again.returncode == 1 and "error: data.read" in again.stderr         # the runs ended; the data set is none that can be read
+    assert len(list(folder.glob("discs-*-0/results.json"))) == 3 and (folder / "bench-cost" / "results.json").exists()
+
+
+def test_other_arguments_than_before_are_refused(place, tmp_path):
+    place.prepare("--full", "--seeds", "0")
+    table = tmp_path / "claims_toy.py"
+    table.write_text(TABLE.replace('"--steps", "8"', '"--steps", "10"'))
+    sys.modules.pop("claims_toy")
+    os.utime(table, (1, 1))                                         # another time than the compiled file knows
+    with pytest.raises(ValueError, match=r"discs-good-0 must hold a run of .*--steps 10 .*got one of .*--steps 8 "):
+        place("--full", "--report")
+    (place.folder / "discs-good-0.json").unlink()
+    with pytest.raises(ValueError, match="discs-good-0 must be a run of this program, got a folder without discs-good-0.json"):
+        place("--full")
+    assert (place.folder / "discs-good-0" / "results.json").exists()
+
+
+def test_results_that_do_not_fit_are_refused(place):
+    place.prepare("--full", "--seeds", "0", "1")
+    path = place.folder / "discs-good-1" / "results.json"
+    right = json.loads(path.read_text())
+    for change, message in (({"mean AP50": 0.5}, "detections.json must give the mean AP50 in results.json, 0.5, got 0"),
+                            ({"mean AP50": None}, "must hold a number at mean AP50, got None"),
+                            ({"set": "test"}, r"must be an evaluation of \['val', \['disc'\]\], as the other runs on discs, got \['test'"),
+                            ({"curve": []}, "must hold a value at curve.-1.all_loss, got none at -1"),
+                            ({"also": {}}, "must hold a value at also.voting.mean AP50, got none at voting")):
+        path.write_text(json.dumps({**right, **change}))
+        with pytest.raises(ValueError, match=message):
+            place("--full", "--report", "--seeds", "0", "1")
+    path.write_text("{}")
+    with pytest.raises(ValueError, match=r"discs-good-1.results.json must hold set, AP50 and mean AP50, got no set"):
+        place("--full", "--report", "--seeds", "0", "1")
+
+
+@pytest.mark.parametrize("change, message", [
+    (('better="good"', 'better="goof"'), "an arm on discs must be one of good, Bad, N=1, same, got 'goof'"),
+    (('worse="Bad, N=1"', 'worse="good"'), "better, worse and than .none or two. must be different arms"),
+    (('data="cost"', 'data="price"'), "data must be one of discs, cost, got 'price'"),
+    (('ON = {"discs"', 'ON = {"disks"'), "claims_toy: ON must be one of discs, got 'disks'"),
+    (("list(ARMS)", '["worst"]'), "ON.'discs'. must be one of good, Bad, N=1, same, got 'worst'"),
+    (('"same": [', '"Good": [], "same": ['), "names of arms must differ in letters and digits, got two of good")])
+def test_a_wrong_table_is_told_before_anything_runs(place, tmp_path, change, message):
+    (tmp_path / "claims_toy.py").write_text(TABLE.replace(*change))
+    with pytest.raises(ValueError, match=message):
+        place("--full")
+    assert not place.folder.exists()
+
+
+def test_wrong_options(place, capsys, tmp_path):
+    for options, message in ((["--full", "--seeds", "0", "0"], "--seeds must be different"), (["--full", "--jobs", "0"], "--jobs at least 1"),
+                             (["--full", "--json", str(tmp_path / "no" / "a.json")], "a folder that exists"), ([], "--quick --full is required")):
+        with pytest.raises(SystemExit):
+            place(*options)
+        assert message in capsys.readouterr().err
+    with pytest.raises(ValueError, match="--only must be one of good, Bad, N=1, same, got 'best'"):
+        place("--full", "--only", "best")
+    with pytest.raises(FileNotFoundError, match="--report needs runs"):
+        place("--full", "--report")
+    with pytest.raises(FileNotFoundError, match="--data must hold the data sets discs, got no folder"):
+        claims.main(claims.arguments(["toy", "--data", str(tmp_path), "--full"]))
+
+
+@pytest.mark.parametrize("paper", [p.stem.removeprefix("claims_") for p in EXAMPLES.glob("claims_*.py")])
+def test_the_tables_of_the_papers(paper):
+    table, listed = claims.read_table(paper)
+    args = claims.arguments([paper, "--data", "x", "--full"])
+    runs, benches = claims.jobs_of(args, table)
+    assert len(runs) == 3 * sum(map(len, table.ON.values())) and len({job.name for job in runs.values()}) == len(runs)
+    assert [job.name[-1] for job in runs.values()] == sorted(job.name[-1] for job in runs.values())         # seed by seed
+    assert len({c.text + c.data for c in listed}) == len(listed) and all("|" not in c.text + c.paper for c in listed)
+    for arm in table.ARMS:
+        assert any(arm in [a.partition("@")[0] for a in c.signs] for c in listed), f"no claim needs {arm}"
+
+
+# Statistics
+
+def detections_of(examples, K, rng, levels):
+    """Noisy detections, scores from few levels, so that images tie; those of one class in one image differ."""
+    found = []
+    for e in examples:
+        near = e.boxes[rng.integers(len(e.boxes), size=8)] + rng.normal(0, 4, (8, 4))
+        boxes = np.concatenate([near, rng.random((4, 2)).repeat(2, 0).reshape(4, 4) * 60 + (0, 0, 20, 20)])
+        found.append((boxes, rng.integers(0, K, len(boxes)), rng.permutation(levels)[:len(boxes)] / levels))
+    return found
+
+
+def test_weighted_ap_is_that_of_a_set_with_copies():
+    examples, K = scenes.scenes(12, 3), len(scenes.CLASSES)
+    rng = np.random.default_rng(0)
+    examples[2].difficult[:] = True
+    found = detections_of(examples, K, rng, 14)
+    ranked = claims.rankings(found, examples, scenes.CLASSES)
+    right = evaluate.voc(found, examples, scenes.CLASSES)
+    ones = np.ones(12, np.int64)
+    assert [r.ap(ones) for r in ranked] == [right[name].ap for name in scenes.CLASSES]            # to the last bit
+    assert claims.mean_ap(ranked, ones) == evaluate.mean_ap(right) and 0.1 < evaluate.mean_ap(right) < 0.9
+    for _ in range(20):
+        weights = np.bincount(rng.integers(12, size=12), minlength=12)
+        copies = np.repeat(np.arange(12), weights)
+        right = evaluate.voc([found[i] for i in copies], [examples[i] for i in copies], scenes.CLASSES)
+        assert_allclose([r.ap(weights) for r in ranked], [right[name].ap for name in scenes.CLASSES], rtol=1e-12)
+        assert_allclose(claims.mean_ap(ranked, weights), evaluate.mean_ap(right), rtol=1e-12)
+
+
+def test_ties_within_an_image_and_nothing_found():
+    """Unweighted, ties of any kind keep the bits; no detection is AP 0; no object is NaN."""
+    examples, K = scenes.scenes(9, 5), len(scenes.CLASSES)
+    found = [(b, k, np.round(s * 3) / 3) for b, k, s in detections_of(examples, K, np.random.default_rng(1), 14)]
+    found[4] = np.zeros((0, 4)), np.zeros(0, int), np.zeros(0)
+    ones, right = np.ones(9, np.int64), evaluate.voc(found, examples, scenes.CLASSES)
+    assert [r.ap(ones) for r in claims.rankings(found, examples, scenes.CLASSES)] == [right[name].ap for name in scenes.CLASSES]
+    nothing = [found[4]] * 9
+    ranked = claims.rankings(nothing, examples, scenes.CLASSES)
+    assert claims.mean_ap(ranked, ones) == 0 and np.isnan(claims.mean_ap(ranked, 0 * ones))
+
+
+def test_weighted_ap_by_hand():
+    """One object found at rank 1 (image 0), a false positive (image 1), an object found at rank 3 (image 1).
+
+    Weights (1, 2): recall 1/3 at precision 1, then 2 wrong, then 2 found: 3/5 at recall 1. AP = 1/3 + 2/3 * 3/5.
+    """
+    r = claims.Ranking(np.array([0, 1]), np.array([1]), np.array([0, 1]), np.array([1, 1]))
+    assert r.ap(np.array([1, 2])) == pytest.approx(1 / 3 + 2 / 3 * 3 / 5)
+    assert r.ap(np.array([1, 0])) == 1 and r.ap(np.array([0, 1])) == 0.5
+
+
+def test_the_interval_is_hierarchical():
+    """Equal columns: three seeds alone, least to largest. Equal rows: the images' percentiles alone, whatever the seeds."""
+    rng = np.random.default_rng(0)
+    assert_allclose(claims.interval(np.repeat([[0.1], [0.2], [0.4]], 2000, 1), rng), [0.1, 0.4])
+    columns = np.random.default_rng(1).normal(0.3, 1, 2000)
+    assert_allclose(claims.interval(np.repeat(columns[None], 3, 0), rng), np.percentile(columns, [2.5, 97.5]))
+    both = columns + np.array([[-4.0], [0], [4]])
+    low, high = claims.interval(both, rng)
+    assert low < -3 and high > 4                                    # wider than either
+    assert claims.interval(np.full((3, 10), np.nan), rng) is None
+
+
+@pytest.mark.parametrize("interval, pairs, lower, quick, expected", [
+    ([0.1, 0.2], 3, False, False, "holds"), ([-0.2, -0.1], 3, False, False, "does not hold"), ([-0.1, 0.2], 3, False, False, "not resolved"),
+    ([0.1, 0.2], 3, True, False, "does not hold"), ([-0.2, -0.1], 3, True, False, "holds"), ([0.0, 0.2], 3, False, False, "not resolved"),
+    ([0.1, 0.2], 2, False, False, "not resolved"), (None, 3, False, False, "not resolved"), ([0.1, 0.2], 3, False, True, "quick run, no verdict")])
+def test_verdict(interval, pairs, lower, quick, expected):
+    assert claims.verdict(interval, pairs, lower, quick) == expected
+
+
+def test_the_evaluation_set_is_that_of_the_run(tmp_path, monkeypatch):
+    """A split of its own, or a fifth of the training set that the run's settings name."""
+    job = claims.Job("a", [], [], tmp_path)
+    job.folder.mkdir()
+    (job.folder / "config.json").write_text('{"train_set": "trainval"}')
+    everything = scenes.scenes(10, 2)
+    monkeypatch.setattr(data, "read", lambda folder, split, classes=None: (everything[:8] if split == "trainval" else everything[8:], ("a", "b")))
+    for split, splits, expected in (("test", ["test", "trainval"], everything[8:]), ("val", ["trainval"], data.hold_out(everything[:8], 0.2)[1]),
+                                    ("val", ["trainval", "val"], everything[8:])):
+        monkeypatch.setattr(data, "splits", lambda folder: splits)
+        job.result.write_text(json.dumps({"set": split, "AP50": {"a": 0, "b": 0}, "mean AP50": 0}))
+        found, classes = claims.evaluation_set(tmp_path, job)
+        assert [e.name for e in found] == [e.name for e in expected] and classes == ["a", "b"]
