@@ -505,7 +505,7 @@ def pictures(found, table, folder):
         for metric, label, stem in (("mean AP50", "mean AP50", "curves"), ("all_loss", "mean loss over all regions", "all_loss")):
             curves = {arm: [(r["step"], r[metric]) for r in a["curve"] if r.get(metric) is not None] for arm, a in arms.items()}
             if any(curves.values()):
-                figure, axes = draw._axes("step", label, f"{found['paper']}, {name}: mean over the seeds")
+                figure, axes = draw.plot("step", label, f"{found['paper']}, {name}: mean over the seeds")
                 for i, arm in enumerate(table.ARMS):                # an arm has its colour on every data set
                     if curves.get(arm):
                         axes.plot(*zip(*curves[arm]), marker=".", color=draw.COLOURS[i % len(draw.COLOURS)],

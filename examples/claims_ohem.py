@@ -1,7 +1,7 @@
 """OHEM (1604.03540): the settings and claims of examples/claims.py ohem. Paper's figures: mAP on VOC07 test, VGG16 unless said.
 
 OHEM has bg_lo 0 and no quota of positives, random sampling bg_lo 0.1 and a quarter of positives; both N = 2. B = 512 here, chosen on
-bccd's validation images: with a dozen objects an image 64 regions hold hardly any background (the paper: 128, two to three objects an image).
+bccd's validation images: with a dozen objects an image the hardest 64 hold hardly any background (the paper: 128).
 """
 PROGRAM = "ohem.py"
 

@@ -136,7 +136,8 @@ def require():
         raise ImportError("draw.require: the curves need matplotlib: pip install 'tinydet[examples]'") from None
 
 
-def _axes(xlabel, ylabel, title):
+def plot(xlabel, ylabel, title):
+    """A matplotlib figure and its axes, empty but for labels and a grid."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(7, 4.5), dpi=110, layout="constrained")
     axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel, title=title)
@@ -146,7 +147,7 @@ def _axes(xlabel, ylabel, title):
 
 def loss_curves(records, names, path, title="training loss"):
     """Draw the running mean of metrics over the steps. records: dicts with "step" and names, as train.Run logs them."""
-    figure, axes = _axes("step", "loss (mean of the last 25 steps)", title)
+    figure, axes = plot("step", "loss (mean of the last 25 steps)", title)
     steps = np.array([r["step"] for r in records])
     for name in names:
         values = np.cumsum([0.0, *(r[name] for r in records)])
@@ -171,7 +172,7 @@ def measurements(points, names, path):
 
 def precision_recall(results, path, title="precision and recall"):
     """Draw the curve of every class. results: as evaluate.voc returns them."""
-    figure, axes = _axes("recall", "precision", title)
+    figure, axes = plot("recall", "precision", title)
     for i, (name, r) in enumerate(results.items()):
         axes.plot(np.concatenate([[0] * (len(r.recall) > 0), r.recall]), np.concatenate([r.precision[:1], r.precision]),
                   color=COLOURS[i % len(COLOURS)], label=f"{name} (AP {r.ap:.3f})")
