@@ -38,6 +38,7 @@ from pathlib import Path
 import common                                                       # before numpy, as tinydet: sets how BLAS threads wait
 import numpy as np
 import tinydet
+from scipy import stats
 
 from tinydet import coco, data, draw, evaluate, files, train
 
@@ -52,7 +53,7 @@ RESAMPLES, LEAST_SEEDS = 2000, 3
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """better - worse > 0 (lower: < 0); with than=(a, b): (better - worse) - (a - b) > 0, better gains more on worse than a on b.
+    """better - times * worse > 0 (lower: < 0); with than=(a, b): (better - worse) - (a - b) > 0, better gains more on worse than a on b.
 
     text, paper: what is claimed, and the paper's figures, as the table shows them. better, worse, a, b: "arm" or "arm@variant".
     metric: "AP50", the mean over the classes, or a path into results.json such as "curve.-1.all_loss". Where data names a
@@ -68,10 +69,11 @@ class Claim:
     than: tuple = ()
     metric: str = "AP50"
     lower: bool = False
+    times: float = 1.0
 
     @property
     def signs(self):
-        return dict(zip((self.better, self.worse, *self.than), (1, -1, -1, 1)))
+        return dict(zip((self.better, self.worse, *self.than), (1, -self.times, -1, 1)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -374,18 +376,26 @@ def at(file, path):
 
 
 def interval(differences, rng):
-    """95 % percentile bootstrap interval (low, high) of the mean over seeds. differences: (seeds, RESAMPLES) float64.
+    """95 % percentile bootstrap interval (low, high) of the mean over seeds, or over turns. differences: (seeds, RESAMPLES) float64.
 
     Resample b draws seeds with replacement and takes their differences in column b, in which the images were drawn (hierarchical).
-    Seeds alone (equal columns): of three seeds there are ten samples, and the extreme ones, one seed three times, have more than
-    2.5 % each: the interval runs from the least difference to the largest, and excludes 0 if all have one sign, which without
-    any effect happens in one case of four. It is read as that, and no more. None if no resample has a value.
+    Where nothing but a few seeds is drawn it would say too much (of three it runs from the least difference to the largest, and excludes 0
+    in one case of four without any effect): see t_interval. None if no resample has a value.
     """
     S, B = differences.shape
     drawn = rng.integers(S, size=(B, S))
     means = differences[drawn, np.arange(B)[:, None]].mean(1)
     means = means[np.isfinite(means)]                               # NaN: a set of images without an object
     return [float(v) for v in np.percentile(means, [2.5, 97.5])] if len(means) else None
+
+
+def t_interval(differences):
+    """95 % interval (low, high) of the mean of a few differences by Student's t: mean +- t * sd / sqrt(n). None of fewer than two."""
+    n = len(differences)
+    if n < 2:
+        return None
+    middle, half = np.mean(differences), stats.t.ppf(0.975, n - 1) * np.std(differences, ddof=1) / np.sqrt(n)
+    return [float(middle - half), float(middle + half)]
 
 
 def verdict(interval, pairs, lower=False, quick=False):
@@ -403,7 +413,7 @@ def verdict(interval, pairs, lower=False, quick=False):
 
 def judge(claim, args, runs, done, benches, resamples):
     """The claim's fields, values of its arms with the same seed, differences, interval and verdict: a JSON value."""
-    found = {**dataclasses.asdict(claim), "seeds": [], "values": {}, "differences": [], "interval": None, "verdict": "not measured"}
+    found = {**dataclasses.asdict(claim), "seeds": [], "values": {}, "differences": [], "interval": None, "method": None, "verdict": "not measured"}
     if claim.data in benches:
         if not is_done(benches[claim.data]):
             return found
@@ -419,15 +429,21 @@ def judge(claim, args, runs, done, benches, resamples):
     if not seeds:
         return found
     differences = sum(sign * values[arm] for arm, sign in claim.signs.items())
+    rng, said = np.random.default_rng(1), None
     if claim.data not in benches and claim.metric == "AP50":
         drawn = sum(sign * np.stack([resamples[claim.data, arm, s] for s in seeds]) for arm, sign in claim.signs.items())
-    else:
-        drawn = np.repeat(differences[:, None], RESAMPLES, 1) if len(seeds) > 1 else None
-    between = None if drawn is None else interval(drawn, np.random.default_rng(1))
-    return {**found, "seeds": seeds, "differences": differences.tolist(), "interval": between,
+        method, between = "images and seeds", interval(drawn, rng)
+    elif claim.data not in benches:
+        method, between = "t", t_interval(differences)
+    elif len(seeds) > 1:
+        method, between = "turns", interval(np.repeat(differences[:, None], RESAMPLES, 1), rng)
+    else:                                                           # memory: the same each time
+        method, between, side = "one measurement", None, -differences[0] if claim.lower else differences[0]
+        said = None if args.quick else "holds" if side > 0 else "does not hold"
+    return {**found, "seeds": seeds, "differences": differences.tolist(), "interval": between, "method": method,
             "values": {arm: {"each": v.tolist(), "mean": float(v.mean()), "sd": float(v.std(ddof=1)) if len(v) > 1 else None}
                        for arm, v in values.items()},
-            "verdict": verdict(between, len(seeds), claim.lower, args.quick)}
+            "verdict": said or verdict(between, len(seeds), claim.lower, args.quick)}
 
 
 def arm_summary(jobs):
@@ -479,9 +495,12 @@ def markdown(found):
         each = [format(scale * d, "+" + form) for d in c["differences"]]
         each = " ".join(each) if len(each) <= 5 else f"{len(each)} pairs, mean {scale * np.mean(c['differences']):+{form}}"
         between = " .. ".join(format(scale * v, "+" + form) for v in c["interval"]) if c["interval"] else "-"
+        between += f" ({c['method']})" if c["method"] not in (None, "images and seeds") else ""
         cells = (told(c["better"], c["worse"]), told(*c["than"])) if c["than"] else (told(c["better"]), told(c["worse"]))
+        cells = (cells[0], f"{c['times']:g} times {cells[1]}") if c["times"] != 1 else cells
         lines.append(f"| {c['text']} | {c['paper']} | {c['data']} | {cells[0]} | {cells[1]} | {each or '-'} | {between} | {c['verdict']} |")
-    lines += ["", "Mean AP50 at the last two points of the curve on the evaluation set, mean of the seeds:", "",
+    lines += ["", "AP50 in points. Intervals: bootstrap over images and seeds, or over the turns of a benchmark; (t): Student's, of the seeds alone.",
+              "", "Mean AP50 at the last two points of the curve on the evaluation set, mean of the seeds:", "",
               "| data | arm | seeds | steps | last but one | last |", "| --- " * 6 + "|"]
     for name, arms in found["arms"].items():
         for arm, a in arms.items():

@@ -70,6 +70,18 @@ def figures(detections, examples, classes):
     return results, cut, {**evaluate.summary(results), **coco.summary(), "errors": errors}, table
 
 
+def measure(run, step, detections, examples, classes, **more):
+    """Keep a point of the curve, curve.json in the run folder: "step", "mean AP50" of the detections, and more numbers. Returns all points so far.
+
+    Points of this step and later are dropped: a resumed run measures them again.
+    """
+    path = run.folder / "curve.json"
+    point = {"step": step, "mean AP50": evaluate.mean_ap(evaluate.voc(detections, examples, classes)), **more}
+    curve = [p for p in (files.read_json(path) if path.exists() else []) if p["step"] < step] + [point]
+    files.write(path, json.dumps(curve, indent=1) + "\n")
+    return curve
+
+
 def finish(run, args, detections, examples, classes, losses, save, **more):
     """Evaluate the detections, write weights, detections and figures into the run folder, draw, and print the tables.
 

@@ -3,8 +3,9 @@
     python examples/detect.py --weights runs/overfeat/weights.npz picture.jpg ...           # drawn into detections/
     python examples/detect.py --weights runs/overfeat/weights.npz --json picture.jpg ...    # JSON on standard output
 
-A net trained on proposals from a file needs --proposals, by the pictures' names without ending. Printed and drawn are detections above the score of best F1 of their class on the evaluation set, or above --min-score. The
-JSON list holds all of them (at most 300 a picture, or as the run's --limit said), for an evaluator: {"image": stem, "class": name, "box": [x1, y1, x2, y2],
+A net trained on proposals from a file needs --proposals, by the pictures' names without ending.
+Printed and drawn are detections above the score of best F1 of their class on the evaluation set, or above --min-score. The JSON list holds
+all of them (at most 300 a picture, or as the run's --limit said), for an evaluator: {"image": stem, "class": name, "box": [x1, y1, x2, y2],
 "score": s}, box in continuous pixels of the picture. --json FILE.json writes it to a file.
 """
 import argparse
@@ -35,6 +36,8 @@ def arguments(argv=None):
         args.json = "-"
     if not args.images:
         parser.error("name at least one image")
+    if args.min_score is not None and np.isnan(args.min_score):
+        parser.error("--min-score must be a number, got nan")
     if args.json not in (None, "-") and not Path(args.json).resolve().parent.is_dir():
         parser.error(f"the folder of --json {args.json} must exist")
     stems = [Path(path).stem for path in args.images]

@@ -4,7 +4,10 @@
     python examples/ohem.py                                         # embedded scenes, hard regions
     python examples/ohem.py --sampler random                        # Fast R-CNN's heuristics
     python examples/ohem.py --data FOLDER --name cells              # train on its split "train", evaluate on "val"
-    python examples/ohem.py --preset voc --data VOC --pretrained VGG16.npz --proposals selective_search.mat --backend cuda
+    python examples/ohem.py --preset voc --data VOC2007 --pretrained VGG16.npz --proposals selective_search.mat --backend cuda
+
+The preset trains on trainval and evaluates test; python -m tinydet.evaluate --voc VOC2007 --set test --metric 11 runs/<name>/detections.json then
+gives the 11-point average precision of the papers.
 
 Everything goes to runs/<name>/: config.json, metrics.jsonl, curve.json (average precision and the mean loss of all regions while it trained),
 checkpoint.npz, weights.npz (for examples/detect.py), detections.json, results.json, regions/ (those that trained, drawn), loss.png, curve.png,
@@ -19,16 +22,18 @@ from pathlib import Path
 import common                                                       # before numpy, as tinydet: sets how BLAS threads wait
 import numpy as np
 
-from tinydet import backend, data, draw, evaluate, files, optim, proposals, train
+from tinydet import backend, data, draw, files, optim, proposals, train
 from tinydet.models import fast_rcnn, fast_rcnn_weights
 from tinydet.summary import summary
 
 # The paper's recipes for VGG16 on PASCAL VOC (ohem notes, sec. 1 and 2.4; VOC07: 80,000 steps, the rate times 0.1 every 30,000)
 VOC = {"table": "VGG16", "short": [600], "longest": 1000, "steps": 80000, "lr": 0.001, "decay_at": [30000, 60000], "bias_rate": 2.0, "dropout": 0.5,
-       "targets": "classes", "jitter": 0, "float_bins": True, "min_score": 1e-5, "limit": 2000}
+       "targets": "classes", "jitter": 0, "float_bins": True, "min_score": 1e-5, "limit": 2000, "near": 224.0, "train_set": "trainval",
+       "eval_set": "test"}
 PRESETS = {"voc": VOC,
            "voc-multiscale": {**VOC, "short": [480, 576, 688, 864, 900], "test_short": [480, 576, 688, 864, 1000], "longest": 2000, "iterate": True}}
 
+EVALUATION = ("nms", "min_score", "limit", "iterate", "also_iterate", "test_short", "near")      # a finished run may change them
 
 # mean and std of RGB pixels; and whether the first convolution in the file sees BGR
 PIXELS = {"caffe": (fast_rcnn.Spec.mean, fast_rcnn.Spec.std, True),
@@ -55,9 +60,11 @@ def arguments(argv=None):
     a("--share", type=float, default=0.98, help="of the training boxes' sizes and shapes that is in range (%(default)s)")
     a("--most", type=common.count, default=4000, help="regions of a training image, drawn anew each time where there are more (%(default)s)")
     a("--jitter", type=int, default=4, help="jittered copies of each object among the training regions (%(default)s)")
-    a("--targets", choices=("fixed", "all", "classes"), default="fixed", help="boxes normalised by 0.1 and 0.2, or by the statistics of all or of each class")
+    a("--targets", choices=("fixed", "all", "classes"), default="fixed", help="boxes normalised by 0.1 and 0.2, or by statistics: of all, of each class")
     a("--short", type=common.count, nargs="+", help="short side of a training image in pixels, or several to draw from (scenes 96, folders 240)")
     a("--test-short", type=common.count, nargs="+", help="short sides at which images are tested (default: the largest of --short)")
+    a("--near", type=float, metavar="PIXELS", help="with several --test-short a region goes where its side is nearest (default: 224/600 of the "
+      "largest --short, CHOICE; the papers: 224, at short sides about 600)")
     a("--longest", type=common.count, default=1000, help="limit of the long side (%(default)s)")
     a("--steps", type=common.count, help="training steps (scenes 600, folders 1500)")
     a("--lr", type=float, default=0.02, help="largest learning rate (%(default)s)")
@@ -80,10 +87,11 @@ def arguments(argv=None):
     args.steps = args.steps or (1500 if args.data else 600)
     args.short = args.short or ([240] if args.data else [96])
     args.test_short = args.test_short or [max(args.short)]
+    args.near = 224 / 600 * max(args.short) if args.near is None else args.near
     args.measure_every, args.draw_every = (v or -(-args.steps // 5) for v in (args.measure_every, args.draw_every))
     common.check(parser, args)
-    if args.jitter < 0 or not 0 <= args.nms <= 1:
-        parser.error(f"--jitter must not be negative and --nms lie in [0, 1], got {args.jitter}, {args.nms}")
+    if args.jitter < 0:
+        parser.error(f"--jitter must not be negative, got {args.jitter}")
     if args.preset and not (args.data and args.pretrained and args.proposals):
         parser.error(f"--preset {args.preset} needs --data, --pretrained and --proposals")
     return args
@@ -121,13 +129,16 @@ def main(args, put):
     source, regions, test_regions = regions_of(args, examples, held_out)
     spec = describe(args, examples, classes, regions)
     sampler = fast_rcnn.Sampler(args.sampler, args.batch, args.fraction, args.bg_lo, per_label=not args.label_free, accumulate=args.accumulate)
-    testing = fast_rcnn.Testing(tuple(args.test_short), args.longest, 224 / 600 * max(args.short), args.min_score, args.nms, args.limit, args.iterate)
-    run = train.Run(Path(args.out) / args.name, common.settings(args, "nms", "min_score", "limit", "iterate", "also_iterate", "test_short"), args.resume)
+    testing = fast_rcnn.Testing(tuple(args.test_short), args.longest, args.near, args.min_score, args.nms, args.limit, args.iterate)
     net = fast_rcnn.FastRCNN(spec, np.random.default_rng(args.seed), pretrained=bool(args.pretrained))
     if args.pretrained:
         left = fast_rcnn_weights.load_published(net, args.pretrained, PIXELS[args.pixels][2])
         print(f"weights from {args.pretrained}" + f", but for {', '.join(left)}" * bool(left))
     net.to(put)
+    optimizer = optim.SGD(net, 0.9, args.weight_decay, form="caffe", rates=lambda name: args.bias_rate if name.endswith(".b") else 1.0)
+    schedule = (optim.step_schedule(args.lr, args.decay_at, 0.1) if args.decay_at
+                else optim.cosine_schedule(args.lr, args.steps, args.steps // 20))
+    run = train.Run(Path(args.out) / args.name, common.settings(args, *EVALUATION, "draw_every", "measure_every"), args.resume)
     print(f"{len(examples)} training and {len(held_out)} evaluation images, {len(classes)} classes")
     print(summary(net.parts["trunk"], (1, max(args.short), max(args.short), 3)), flush=True)
 
@@ -159,20 +170,14 @@ def main(args, put):
     def measure(i):
         detections = [fast_rcnn.detect(net, e.image(), p, testing) for e, p in zip(held_out, test_regions)]
         loss = float(np.mean([fast_rcnn.mean_loss(net, put(fast_rcnn.batch(net, [image])), [answer]) for image, answer in watched]))
-        point = {"step": i, "mean AP50": evaluate.mean_ap(evaluate.voc(detections, held_out, classes)), "all_loss": loss}
-        path = run.folder / "curve.json"
-        curve = [p for p in (files.read_json(path) if path.exists() else []) if p["step"] < i] + [point]
-        files.write(path, json.dumps(curve, indent=1) + "\n")
-        return detections, curve
+        return detections, common.measure(run, i, detections, held_out, classes, all_loss=loss)
 
-    optimizer = optim.SGD(net, 0.9, args.weight_decay, form="caffe", rates=lambda name: args.bias_rate if name.endswith(".b") else 1.0)
-    schedule = (optim.step_schedule(args.lr, args.decay_at, 0.1) if args.decay_at
-                else optim.cosine_schedule(args.lr, args.steps, args.steps // 20))
     train.fit(run, net, optimizer, schedule, args.steps, step, args.checkpoint_every, prepare, args.workers)
 
     detections, curve = measure(args.steps)
     draw.measurements(curve, ("mean AP50", "all_loss"), run.folder / "curve.png")
-    more = {"testing": dataclasses.asdict(testing), "all_loss": curve[-1]["all_loss"], "curve": curve, "seconds": None if args.resume else round(time.perf_counter() - start)}
+    more = {"testing": dataclasses.asdict(testing), "all_loss": curve[-1]["all_loss"], "curve": curve,
+            "seconds": None if args.resume else round(time.perf_counter() - start)}
     if args.also_iterate:
         again = dataclasses.replace(testing, iterate=True)
         found = [fast_rcnn.detect(net, e.image(), p, again) for e, p in zip(held_out, test_regions)]

@@ -124,12 +124,14 @@ def place(tmp_path, monkeypatch):
             job.record.write_text(json.dumps({"arguments": job.shown}))
             monkeypatch.setattr(sys, "argv", job.command[1:])
             exec(PROGRAM, {})
+    call.arguments = lambda *options: claims.arguments(["toy", "--data", str(tmp_path / "sets"), "--out", str(tmp_path / "out"), *options])
     call.folder, call.aps, call.prepare, call.pictures = tmp_path / "out" / "toy", aps, prepare, pictures
     return call
 
 
 def test_a_full_run_its_table_and_files(place, capsys, monkeypatch):
     place.prepare("--full", "--seeds", "1", "2")
+    monkeypatch.setattr(claims, "cores", lambda: 6)
     with monkeypatch.context() as m:
         m.setattr(claims, "pictures", place.pictures)
         found = place("--full")
@@ -154,8 +156,7 @@ def test_a_full_run_its_table_and_files(place, capsys, monkeypatch):
 
     assert json.loads((place.folder / "claims.json").read_text()) == json.loads(json.dumps(found))
     assert {"curves_discs.png", "all_loss_discs.png", "discs-bad-n-1-0.log"} <= {p.name for p in place.folder.iterdir()}
-    threads = max(1, claims.cores() // 2)
-    assert (place.folder / "discs-good-0.log").read_text() == f"resume False, threads {threads} {threads}\n"
+    assert (place.folder / "discs-good-0.log").read_text() == "resume False, threads 3 3\n"         # six cores, two at a time
     out = capsys.readouterr().out
     row = next(line for line in out.splitlines() if line.startswith("| good is better"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
@@ -408,6 +409,32 @@ def test_the_interval_is_hierarchical():
     low, high = claims.interval(both, rng)
     assert low < -3 and high > 4                                    # wider than either
     assert claims.interval(np.full((3, 10), np.nan), rng) is None
+
+
+def test_t_interval_by_hand():
+    low, high = claims.t_interval(np.array([0.1, 0.2, 0.3]))
+    assert (low + high) / 2 == pytest.approx(0.2) and (high - low) / 2 == pytest.approx(4.302652729911275 * 0.1 / 3 ** 0.5)
+    assert claims.t_interval(np.array([0.1])) is None
+
+
+def test_claims_on_a_benchmark(place):
+    """Twice a number, over turns; and a single number, which needs no spread."""
+    args = place.arguments("--full")
+    bench = claims.Job("bench-cost", ["bench.py"], [], args.folder)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    bench.folder.mkdir()
+    claims.files.write(bench.record, json.dumps({"arguments": bench.shown}))
+    claims.files.write(bench.result, json.dumps({"turns": {"a": [3, 4, 5], "b": [2, 2, 2]}, "MB": {"a": 5, "b": 4}}))
+
+    def judged(**more):
+        return claims.judge(claims.Claim("x", "-", "cost", **more), args, {}, set(), {"cost": bench}, {})
+    found = judged(better="turns.a", worse="turns.b", times=1.4, lower=True)
+    np.testing.assert_allclose(found["differences"], [0.2, 1.2, 2.2])
+    assert found["verdict"] == "does not hold" and found["method"] == "turns"
+    assert judged(better="turns.a", worse="turns.b", times=3, lower=True)["verdict"] == "holds"
+    found = judged(better="MB.a", worse="MB.b", times=1.3, lower=True)
+    assert found["verdict"] == "holds" and found["method"] == "one measurement" and found["interval"] is None
+    assert judged(better="MB.a", worse="MB.b", times=1.2, lower=True)["verdict"] == "does not hold"
 
 
 @pytest.mark.parametrize("interval, pairs, lower, quick, expected", [

@@ -224,6 +224,18 @@ def module(program):
     return found
 
 
+@pytest.mark.parametrize("wrong, message", [
+    (["--weight-decay", "nan"], "weight_decay must be finite"), (["--min-score", "nan"], "min_score must be a number"), (["--bias-rate", "-3"], "the rate of"),
+    (["--table", "VGG_CNN_M_1024", "--pretrained", "none.npz"], "there is no file none.npz"), (["--near", "nan"], "near must be a number")])
+def test_ohem_refuses_before_a_run_begins(tmp_path, monkeypatch, wrong, message):
+    program = module("ohem")
+    monkeypatch.setitem(fast_rcnn.TABLES, "VGG_CNN_M_1024", fast_rcnn.Table((("conv1", 7, 8, 0, 4),), 2, 1 / 8, (4,)))
+    args = program.arguments(["--scenes", "4", "--out", str(tmp_path), *wrong])
+    with pytest.raises((ValueError, FileNotFoundError), match=message), tinydet.use("numba") as put:
+        program.main(args, put)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_paper_s_recipe_from_published_weights_and_proposals(voc, tmp_path, monkeypatch):
     """--preset voc on a net of few channels: every setting of the notes (sec. 1 and 2.4), frozen layers, normalised targets, proposals from a file."""
     program = module("ohem")
@@ -237,11 +249,15 @@ def test_the_paper_s_recipe_from_published_weights_and_proposals(voc, tmp_path, 
     boxes = {e.name: np.concatenate([e.boxes + 3, e.boxes - 2, rng.random((20, 4)) * 50 + [0, 0, 60, 60]]).tolist() for e in examples}
     (tmp_path / "boxes.json").write_text(json.dumps(boxes))
     args = program.arguments(["--preset", "voc", "--data", str(voc), "--pretrained", str(tmp_path / "vgg.npz"), "--proposals", str(tmp_path / "boxes.json"),
-                              "--out", str(tmp_path), "--steps", "3", "--decay-at", "2", "--short", "80", "--lr", "1e-5"])
+                              "--out", str(tmp_path), "--steps", "3", "--decay-at", "2", "--short", "80", "--lr", "1e-5", "--train-set", "train", "--eval-set", "val"])
     paper = program.arguments(["--preset", "voc", "--data", "d", "--pretrained", "w", "--proposals", "p"])
     assert (paper.table, paper.short, paper.longest, paper.steps, paper.lr, paper.decay_at, paper.weight_decay, paper.images, paper.batch, paper.bias_rate) == (
         "VGG16", [600], 1000, 80000, 0.001, [30000, 60000], 5e-4, 2, 128, 2.0)
     assert (paper.dropout, paper.nms, paper.limit, paper.targets, paper.jitter, paper.sampler) == (0.5, 0.3, 2000, "classes", 0, "ohem")
+    assert (paper.train_set, paper.eval_set, paper.near, paper.test_short) == ("trainval", "test", 224, [600])
+    many = program.arguments(["--preset", "voc-multiscale", "--data", "d", "--pretrained", "w", "--proposals", "p"])
+    assert (many.short, many.test_short, many.near, many.longest, many.iterate) == (
+        [480, 576, 688, 864, 900], [480, 576, 688, 864, 1000], 224, 2000, True)
     built = []
     monkeypatch.setattr(fast_rcnn, "FastRCNN", lambda *a, net=fast_rcnn.FastRCNN, **k: built.append(net(*a, **k)) or built[-1])
     with warnings.catch_warnings():

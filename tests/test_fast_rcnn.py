@@ -5,6 +5,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from conftest import RUNNING
 from tinydet import evaluate, files, optim, scenes, to_numpy, use
+from tinydet.data import Example
 from tinydet.models import fast_rcnn
 from tinydet.models.fast_rcnn import Sampler, Spec
 from tinydet.ops import boxes as box_ops, ohem, roi_loss
@@ -90,6 +91,24 @@ def test_regions_outside_and_without_area_train_as_background(backend, name):
     assert len(to_numpy(chosen[0])) == (4 if name == "ssd" else 6)          # 3 : 1
 
 
+@pytest.mark.parametrize("change, message", [
+    ({"labels": np.array([6])}, r"labels must lie in 0\.\.5, got 6\.\.6"), ({"labels": np.array([-1])}, "labels must lie in"),
+    ({"labels": np.array([1.0])}, "labels"), ({"difficult": np.array([1])}, "difficult must be 1 booleans"), ({"difficult": [True, False]}, "difficult must be 1"),
+    ({"boxes": np.array([[0, 0, np.nan, 1]])}, "boxes must be finite")])
+def test_wrong_objects_are_named(change, message):
+    given = {"proposals": np.zeros((0, 4)), "boxes": np.array([[0, 0, 5, 5.]]), "labels": np.array([1]), "difficult": np.array([False])}
+    with pytest.raises((ValueError, TypeError), match=rf"^fast_rcnn\.label: {message}"):
+        fast_rcnn.label(SPEC, **{**given, **change})
+
+
+def test_regions_at_difficult_objects_are_ignored_unless_another_is_as_near():
+    boxes, labels, difficult = np.array([[0, 0, 10, 10], [0, 2, 10, 12.]]), np.array([0, 1]), np.array([False, True])
+    regions = np.array([[0, 1, 10, 11], [0, 2, 10, 12], [0, 0, 10, 11], [40, 40, 50, 50.]])
+    r = fast_rcnn.label(SPEC, regions, boxes, labels, difficult, append=False)
+    assert r.labels.tolist() == [0, -1, 0, 6] and r.boxes.dtype == np.float64
+    assert fast_rcnn.label(SPEC, regions.astype(np.float32), boxes, labels).boxes.dtype == np.float64
+
+
 def test_targets_are_normalised_class_by_class():
     boxes, labels, proposals = np.array([[0, 0, 10, 10], [20, 0, 30, 20.]]), np.array([1, 0]), np.array([[0, 0, 9, 10], [21, 0, 30, 21.]])
     plain = dict(vars(SPEC), classes=("a", "b"), target_mean=(0, 0, 0, 0), target_std=(1, 1, 1, 1))
@@ -120,6 +139,8 @@ def test_target_statistics_of_classes_with_hardly_a_region():
     mean, std = fast_rcnn.target_statistics(SPEC, [regions])
     v = regions.targets * SPEC.target_std
     assert_allclose(mean[1], v[regions.labels == 1].mean(0), rtol=1e-12)
+    ignored = fast_rcnn.Regions(regions.boxes, np.full(len(v), -1), regions.targets + 9, regions.overlaps)
+    assert fast_rcnn.target_statistics(SPEC, [regions, ignored]) == (mean, std)
     assert_allclose(mean[0], v[regions.labels < 6].mean(0), rtol=1e-12)      # one region of class 0, none of the others
     assert_allclose(std[5], v[regions.labels < 6].std(0), rtol=1e-12)
     single = fast_rcnn.label(SPEC, np.zeros((0, 4)), boxes[:1], np.array([1]))
@@ -258,6 +279,43 @@ def test_the_hardest_are_chosen_and_background_alone_trains_too():
         assert values["loss"] == 0 and values["regions"] == 0 and not any(g.any() for k, g in net.grads.items())
 
 
+def test_the_images_losses_add_up_as_sampler_accumulate_says():
+    """An image of few survivors weighs as much as the other, or as its regions do (notes, sec. 2.4)."""
+    net = small()
+    x, regions = given(net)
+    few = regions[1]
+    regions[1] = fast_rcnn.Regions(*(v[:3] for v in vars(few).values()))
+    values, each = {}, []
+    for accumulate in fast_rcnn.ACCUMULATE:
+        value, chosen = fast_rcnn.step(net, x, regions, Sampler(batch=24, threshold=None, accumulate=accumulate), np.random.default_rng(0))
+        values[accumulate] = float(value["loss"])
+    assert [len(c) for c in chosen] == [12, 3]
+    maps, _ = net.features(x, True)
+    for n, (r, c) in enumerate(zip(regions, chosen)):
+        rois = np.column_stack([np.full(len(c), float(n)), r.boxes[c]])
+        each.append(fast_rcnn.score(net, maps, rois, r.labels[c], r.targets[c], Sampler()))
+    assert values["mean_of_means"] == pytest.approx((each[0].mean() + each[1].mean()) / 2, rel=1e-9)
+    assert values["global_mean"] == pytest.approx(np.concatenate(each).mean(), rel=1e-9)
+    assert abs(values["global_mean"] - values["mean_of_means"]) > 1e-3
+    with pytest.raises(ValueError, match=r"^fast_rcnn\.step: there must be Regions for each of 2 images, got 1"):
+        fast_rcnn.step(net, x, regions[:1], Sampler(), np.random.default_rng(0))
+
+
+def test_the_sampler_s_numbers_reach_the_ops(monkeypatch):
+    net, seen = small(), []
+    x, regions = given(net, 1)
+    for name in ("select", "random", "ssd"):
+        monkeypatch.setattr(fast_rcnn.ohem, name, lambda *a, op=getattr(ohem, name): (seen.append(a), op(*a))[1])
+    for name in ("ohem", "random", "ssd"):
+        fast_rcnn.step(net, x, regions, Sampler(name, 16, fraction=0.5, low=0.2, threshold=0.6, per_label=False, ratio=2), np.random.default_rng(0))
+    assert seen[0][3:] == (16, 0.6, False) and (seen[1][2], *seen[1][4:]) == (16, 0.5, 0.2, 0.5) and seen[2][3:] == (2, 0.5)
+    gammas = []
+    monkeypatch.setattr(fast_rcnn.roi_loss, "loss", lambda *a, gamma, op=roi_loss.loss: (gammas.append(gamma), op(*a, gamma=gamma))[1])
+    for name in ("focal", "all"):
+        fast_rcnn.step(net, x, regions, Sampler(name, gamma=1.5), np.random.default_rng(0))
+    assert gammas == [1.5, 0.0]
+
+
 @pytest.mark.parametrize("name", ["ohem", "ssd", "all", "focal"])
 def test_low_keeps_easy_background_out(name):
     net = small()
@@ -353,18 +411,128 @@ def test_published_nets_have_the_sizes_of_the_notes(table):
 @pytest.mark.parametrize("change, message", [
     ({"table": "x"}, "table must be one of small"), ({"classes": ()}, "classes must be different names"), ({"classes": ("a", "a")}, "classes must be"),
     ({"std": (0, 1, 1)}, "std must hold 3 finite numbers above 0"), ({"target_std": (1, 1)}, "target_std must hold 4"), ({"dropout": 1}, "dropout lie in"),
-    ({"short": ()}, "there must be a short side"), ({"short": (3,)}, "short 0 must be at least 16")])
+    ({"short": ()}, "there must be a short side"), ({"short": 64}, "short must be a tuple"), ({"classes": "ab"}, "classes must be a tuple"), ({"short": (3,)}, "short 0 must be at least 16")])
 def test_wrong_specs_are_named(change, message):
-    with pytest.raises(ValueError, match=rf"^fast_rcnn\.Spec: .*{message}"):
+    with pytest.raises((ValueError, TypeError), match=rf"^fast_rcnn\.Spec: .*{message}"):
         Spec(**{**vars(SPEC), **change})
 
 
-@pytest.mark.parametrize("change", [{"name": "x"}, {"accumulate": "x"}, {"batch": 0}, {"chunk": 0}, {"fraction": 2}, {"low": 0.6}, {"gamma": -1}])
+@pytest.mark.parametrize("change", [{"name": "x"}, {"accumulate": "x"}, {"batch": 0}, {"chunk": 0}, {"fraction": 2}, {"low": 0.6}, {"gamma": -1}, {"gamma": 0.5},
+                                    {"threshold": float("nan")}, {"threshold": 2.0}])
 def test_wrong_samplers_are_named(change):
     with pytest.raises(ValueError, match=r"^fast_rcnn\.Sampler: "):
         Sampler(**change)
 
 
+
+
+def test_training_scales_are_drawn_and_sides_jittered_within_a_tenth():
+    spec, e = Spec(**{**vars(SPEC), "short": (64, 96)}), EXAMPLES[0]
+    sides = {min(fast_rcnn.training_image(spec, e, np.zeros((0, 4)), np.random.default_rng(s))[0].shape[:2]) for s in range(12)}
+    assert sides == {64, 96}
+    one = Example("o", np.zeros((200, 200, 3), np.uint8), (200, 200), np.array([[60, 60, 120, 100.]]), np.array([0]), np.array([False]))
+    _, p, boxes, _, _ = fast_rcnn.training_image(spec, one, np.zeros((0, 4)), np.random.default_rng(0), mirror=False, jitter=200)
+    moved = abs(p - boxes) / np.tile(boxes[:, 2:] - boxes[:, :2], 2)
+    assert (moved.max(0) > 0.09).all() and (moved <= 0.1 + 1e-9).all()
+    wide = Example("w", np.zeros((40, 200, 3), np.uint8), (200, 40), np.array([[150, 5, 195, 35.]]), np.array([0]), np.array([False]))
+    _, p, boxes, _, _ = fast_rcnn.training_image(Spec(**{**vars(SPEC), "short": (40,), "longest": 400}), wide, np.zeros((0, 4)), np.random.default_rng(0), False, 9)
+    assert (box_ops.iou(p, boxes)[:, 0] > 0.6).all()                    # cut at the width of the image, not at its height
+
+
+def test_untrained_outputs_are_small_as_the_notes_have_it():
+    net = small(np.float32)
+    assert net.params["regressor.w"].std() == pytest.approx(0.001, rel=0.1) and net.params["classifier.w"].std() == pytest.approx(0.01, rel=0.1)
+
+
+# Detection in detail
+
+class Answers:
+    """A net that gives written answers: the probabilities of regions by their left edge, deltas of 0 but what is said."""
+
+    def __init__(self, p, deltas=None):
+        self.spec, self.dtype, self.p, self.deltas, self.asked = Spec(("a", "b"), target_std=(1, 1, 1, 1)), np.dtype(np.float64), p, deltas or {}, []
+
+    def features(self, x):
+        return x, None
+
+    def normalise(self, images):
+        return np.asarray(images, float)
+
+    def regions(self, maps, rois):
+        scale = min(maps.shape[1:3]) / 100
+        left = np.round(rois[:, 1] / scale, 6)
+        self.asked += [(scale, float(v)) for v in left]
+        p = np.array([self.p[v] for v in left])
+        deltas = np.zeros((len(rois), 3, 4))
+        for n, v in enumerate(left):
+            deltas[n] += self.deltas.get(v, 0)
+        return np.log(np.column_stack([p, 1 - p.sum(1)])), deltas.reshape(len(rois), 12), None
+
+
+IMAGE = np.zeros((100, 120, 3), np.uint8)
+
+
+def test_boxes_go_in_again_and_vote():
+    """By hand: R1 from two regions, R2 from those of R1 that score above `again`, NMS of both lists, the kept box voted by both (notes, sec. 1.9)."""
+    net = Answers({10.0: [0.8, 0.1], 12.0: [0.6, 0.03], 60.0: [0.04, 0.02]}, {10.0: [0.1, 0, 0, 0]})
+    regions = np.array([[10, 10, 30, 30], [60, 60, 80, 80.]])
+    net.p[14.0] = [0.5, 0.3]
+    testing = fast_rcnn.Testing(short=(100,), min_score=0.01, nms=0.3, iterate=True, again=0.09)
+    boxes, labels, scores = fast_rcnn.detect(net, IMAGE, regions, testing)
+    # R1: region 10 gives [12, 10, 32, 30] for both classes, 0.8 and 0.1; both go in again: 12 gives itself, 0.6 and 0.03. Class a: 0.8 kept, two votes
+    # [12, 10, 32, 30] each. Region 60 is too weak to go in again (0.04, 0.02) but is detected
+    assert [v for _, v in net.asked] == [10, 60, 12, 12]
+    assert_allclose(boxes[0], [12, 10, 32, 30], rtol=1e-12)
+    assert labels.tolist() == [0, 1, 0, 1] and scores == pytest.approx([0.8, 0.1, 0.04, 0.02])
+    net.deltas[12.0] = [0.2, 0, 0, 0]                                   # now the second round moves the box on: the vote lies between
+    boxes, labels, scores = fast_rcnn.detect(net, IMAGE, regions, testing)
+    assert_allclose(boxes[0], np.array([12, 10, 32, 30]) + np.array([1, 0, 1, 0]) * 4 * (0.6 + 0.6) / (0.8 + 0.6 + 0.6), rtol=1e-9)
+    assert scores[0] == pytest.approx(0.8)                              # the score stays
+    plain = fast_rcnn.detect(net, IMAGE, regions, fast_rcnn.Testing(short=(100,), min_score=0.01))[0]
+    assert_allclose(plain[0], [12, 10, 32, 30], rtol=1e-12)
+
+
+def test_scores_limits_and_overlaps_of_detection():
+    net = Answers({0.0: [0.9, 0.04], 4.0: [0.8, 1e-9], 60.0: [0.7, 0.2]})
+    regions = np.array([[0, 0, 20, 20], [4, 0, 24, 20], [60, 0, 80, 20.]])         # IoU of the first two 2/3
+
+    def found(**more):
+        return fast_rcnn.detect(net, IMAGE, regions, fast_rcnn.Testing(**{"short": (100,), "min_score": 0.05, **more}))[2]
+    assert found() == pytest.approx([0.9, 0.7, 0.2])
+    assert found(min_score=0.03) == pytest.approx([0.9, 0.7, 0.2, 0.04])
+    assert found(nms=0.7) == pytest.approx([0.9, 0.8, 0.7, 0.2])
+    assert found(limit=2) == pytest.approx([0.9, 0.7])
+    net.p = dict.fromkeys(net.p, [1 / 3, 1 / 3])
+    assert len(found(min_score=1 / 3)) == 0 and len(found(min_score=0.33)) == 4         # above min_score, not at it
+
+
+def test_a_region_goes_where_its_area_is_nearest():
+    net = Answers({0.0: [0.5, 0.1], 10.0: [0.5, 0.1]})
+    testing = fast_rcnn.Testing(short=(50, 100), longest=200, near=30.0)
+    fast_rcnn.detect(net, IMAGE, np.array([[0, 0, 30, 30], [10, 0, 52, 42.]]), testing)
+    # areas at the two scales: 225 and 900, of 900; 441 and 1764: 441 is nearer to 900 than 1764; by sides 21 and 42 it is also; of 45 pixels not
+    assert sorted(net.asked) == [(0.5, 10.0), (1.0, 0.0)]
+    net.asked.clear()
+    fast_rcnn.detect(net, IMAGE, np.array([[10, 0, 49, 39.]]), testing)             # areas 380 and 1521: 520 and 621 off; sides 10.5 and 9 off
+    assert net.asked == [(0.5, 10.0)]
+    net.asked.clear()
+    fast_rcnn.detect(net, IMAGE, np.array([[10, 0, 49, 39.]]), fast_rcnn.Testing(short=(100,), longest=60))
+    assert net.asked == [(0.5, 10.0)]                                   # the long side is at most `longest`
+
+
+@pytest.mark.parametrize("change", [{"short": ()}, {"short": (8,)}, {"longest": 8}, {"limit": 0}, {"limit": -1}, {"chunk": 0}, {"near": float("nan")}, {"min_score": float("nan")},
+                                    {"nms": 1.5}, {"again": -1}, {"vote": float("nan")}, {"near": float("inf")}])
+def test_wrong_testing_is_named(change):
+    with pytest.raises(ValueError, match=rf"^fast_rcnn\.Testing: {next(iter(change))}"):
+        fast_rcnn.Testing(**change)
+
+
+def test_tiny_images_are_filled_up():
+    net = small(np.float32)
+    for shape in ((1, 1, 3), (1, 80, 3), (300, 2, 3)):
+        image = np.full(shape, 90, np.uint8)
+        boxes, _, _ = fast_rcnn.detect(net, image, np.array([[0, 0, shape[1], shape[0]]], float), fast_rcnn.Testing(short=(64,), longest=100, min_score=0.0))
+        assert np.isfinite(boxes).all()
 
 
 # Files
@@ -380,7 +548,7 @@ def test_saved_and_loaded_net_is_the_same(tmp_path):
 
 @pytest.mark.parametrize("change, message", [
     ({"model": "overfeat"}, "the weights of 'overfeat'"), ({"spec": {"colour": 1}}, "TypeError"), ({"spec": {**vars(SPEC), "table": "VGG16"}}, r"KeyError\('head.fc6.w'"),
-    ({"spec": {**vars(SPEC), "short": 5}}, "TypeError"), ({"spec": {**vars(SPEC), "mean": "x"}}, "could not convert"), ({"settings": 3}, "settings 3"),
+    ({"spec": {**vars(SPEC), "short": 5}}, "short must be a tuple"), ({"spec": {**vars(SPEC), "mean": "x"}}, "could not convert"), ({"settings": 3}, "settings 3"),
     ({"spec": {**vars(SPEC), "target_std": [[1, 1, 1, 1]]}}, "or as many for each class"),
     ({"arrays": {"head.fc6.w": np.zeros((2, 128))}}, r"must have shape \(1600, 128\), got \(2, 128\)")])
 def test_files_that_hold_no_net_are_refused(tmp_path, change, message):

@@ -117,6 +117,11 @@ def test_random_keeps_the_quotas(seed, R, batch, low):
     assert len(chosen) - n == min(batch - n, negative.sum())
 
 
+def test_random_fills_up_with_background_where_positives_are_few():
+    overlaps = np.r_[0.9, np.full(30, 0.3)]
+    assert len(ohem.random(np.zeros(31, int), overlaps, 16, np.random.default_rng(0))) == 16            # 1 and 15, not 1 and 12 (notes, sec. 1.6)
+
+
 def test_random_takes_low_itself_and_not_high():
     overlaps, rng = np.array([0.1, 0.0999, 0.5, 0.4999]), np.random.default_rng(0)
     assert ohem.random(np.zeros(4, int), overlaps, 8, rng, fraction=0.5).tolist() == [2, 0, 3]

@@ -444,6 +444,7 @@ def test_covering_reaches_all_boxes_with_few_windows(least):
     for values, low, high in zip((settings["sizes"], settings["ratios"]), *spread(examples)):
         factors.append((high / low) ** (1 / len(values)))
         assert_allclose(values, [low * factors[-1] ** (k + 0.5) for k in range(len(values))])
+    assert settings["guarantee"] == max(least, proposals.guarantee(*factors, settings["step"]))
     assert proposals.guarantee(*factors, settings["step"] + 0.01) < least           # no larger step would do
     plain = proposals.windows(320, 240, proposals.ladder(15, 120, ROOT2), [0.5, 1, 2], 0.25)
     assert least != 0.5 or settings["per_image"] < len(plain)
@@ -589,7 +590,7 @@ def test_for_examples_reads_cleans_and_warns_once(tmp_path, form):
 
 
 def test_for_examples_of_windows_says_nothing_and_shares():
-    examples = [example("a", []), example("b", [], (50, 60)), example("c", [])]
+    examples = [example("a", []), example("b", [], (50, 60)), example("c", []), example("d", [], (60, 50))]
     settings = {"sizes": [20, 40], "ratios": [1], "step": 0.3, "guarantee": 0.5, "per_image": 3}
     with warnings.catch_warnings():
         warnings.simplefilter("error")

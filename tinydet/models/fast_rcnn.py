@@ -3,8 +3,8 @@
 A trunk runs once on the image. Each region proposed for it is max-pooled from the trunk's map to a fixed size (ops/roi_pool.py), and the head says
 which class it holds and where the object's box lies. Training needs a few regions of the thousands: ops/ohem.py has the ways to choose.
 
-Differences from the papers' code: boxes are continuous (the regions are made inclusive, x2 - 1, where they are pooled); the background is the last class, not
-the first, and images are RGB (fast_rcnn_weights.load_published turns published weights).
+Differences from the papers' code: boxes are continuous (the regions are made inclusive, x2 - 1, where they are pooled); the background is the
+last class, not the first, and images are RGB (fast_rcnn_weights.load_published turns published weights).
 """
 import copy
 import dataclasses
@@ -12,7 +12,7 @@ import dataclasses
 import numpy as np
 
 from tinydet import augment, checks, weights
-from tinydet.backend import array_module, put, to_numpy
+from tinydet.backend import array_module, put, scalar, to_numpy
 from tinydet.layers import LRN, BatchNorm, Composite, Conv2D, Dropout, Flatten, Linear, MaxPool, ReLU, Sequential
 from tinydet.ops import assign, box_voting, boxes as box_ops, nms, ohem, roi_loss, roi_pool, softmax_loss
 
@@ -42,7 +42,8 @@ def _vgg16():
 
 
 TABLES = {
-    "small": Table((("conv1", 4, 2, 1, 24), ("conv2", 3, 1, 1, 32), ("max", 2, 2), ("conv3", 3, 1, 1, 64), ("conv4", 3, 1, 1, 64)), 5, 1 / 4, (128,), norm=True),
+    "small": Table((("conv1", 4, 2, 1, 24), ("conv2", 3, 1, 1, 32), ("max", 2, 2), ("conv3", 3, 1, 1, 64), ("conv4", 3, 1, 1, 64)),
+                   5, 1 / 4, (128,), norm=True),
     "VGG_CNN_M_1024": Table((("conv1", 7, 2, 0, 96), ("lrn",), ("max", 3, 2), ("conv2", 5, 2, 1, 256), ("lrn",), ("max", 3, 2),
                              ("conv3", 3, 1, 1, 512), ("conv4", 3, 1, 1, 512), ("conv5", 3, 1, 1, 512)), 6, 1 / 16, (4096, 1024), ("conv1",)),
     "VGG16": Table(_vgg16(), 7, 1 / 16, (4096, 4096), ("conv1_1", "conv1_2", "conv2_1", "conv2_2")),
@@ -75,6 +76,9 @@ class Spec:
         op = "fast_rcnn.Spec"
         if self.table not in TABLES:
             raise ValueError(f"{op}: table must be one of {', '.join(TABLES)}, got {self.table!r}")
+        for name in ("classes", "short"):
+            if not isinstance(getattr(self, name), (tuple, list)):
+                raise TypeError(f"{op}: {name} must be a tuple, got {getattr(self, name)!r}")
         if not self.classes or not all(isinstance(c, str) for c in self.classes) or len(set(self.classes)) < len(self.classes):
             raise ValueError(f"{op}: classes must be different names, at least one, got {self.classes!r}")
         checks.small(op, 16, longest=self.longest, **{f"short {i}": s for i, s in enumerate(self.short)})
@@ -82,8 +86,8 @@ class Spec:
             values = np.array(getattr(self, name), float)
             shapes = [(count,)] + [(len(self.classes), 4)] * (count == 4)
             if values.shape not in shapes or not ((values > least) & (values < np.inf)).all():
-                raise ValueError(f"{op}: {name} must hold {count} finite numbers{' above 0' if least == 0 else ''}{', or as many for each class' * (count == 4)}, "
-                                 f"got {getattr(self, name)!r}")
+                raise ValueError(f"{op}: {name} must hold {count} finite numbers{' above 0' if least == 0 else ''}"
+                                 f"{', or as many for each class' * (count == 4)}, got {getattr(self, name)!r}")
         if not self.short or not 0 <= self.dropout < 1:
             raise ValueError(f"{op}: there must be a short side, and dropout lie in [0, 1), got {self.short!r}, {self.dropout}")
 
@@ -186,12 +190,15 @@ class Regions:
     overlaps: np.ndarray
 
 
-def label(spec, proposals, boxes, labels, difficult=None, high=0.5, append=True):
+HIGH = 0.5                          # IoU from which a region holds an object (notes, sec. 1.6)
+
+
+def label(spec, proposals, boxes, labels, difficult=None, append=True):
     """What each region of an image must answer (ohem notes, sec. 1.6 and 2.1).
 
-    The label is that of the object of largest IoU, first wins, where that is >= high, else the background; the target of the box is that object,
-    coded by boxes.encode and normalised. Regions whose IoU with a difficult object is >= high, and above that with any other, are ignored: such
-    objects are always "hard" (notes, sec. 3).
+    The label is that of the object of largest IoU, first wins, where that is >= HIGH, else the background; the target of the box is that object,
+    coded by boxes.encode and normalised. Regions whose IoU with a difficult object is >= HIGH are ignored: such objects are always "hard" (notes,
+    sec. 3); but not those that overlap another object at least as much, the object itself among them (CHOICE).
     append=True (training only): the objects themselves are regions, too. They stand first.
     proposals: (M, 4), boxes: (G, 4) float64, labels: (G,), difficult: (G,) bool. Returns Regions. Proposals outside the image or without area are
     background like others (proposals.clean drops them). Raises ValueError for NaN or infinity and for other shapes, TypeError for other dtypes.
@@ -200,20 +207,25 @@ def label(spec, proposals, boxes, labels, difficult=None, high=0.5, append=True)
         checks.float_array("fast_rcnn.label", name, found, "(R, 4)")
         checks.finite("fast_rcnn.label", **{name: found})
     checks.integers("fast_rcnn.label", "labels", labels, (len(boxes),))
+    if not ((labels >= 0) & (labels < spec.background)).all():
+        raise ValueError(f"fast_rcnn.label: labels must lie in 0..{spec.background - 1}, got {labels.min()}..{labels.max()}")
+    if difficult is not None and (np.shape(difficult), np.asarray(difficult).dtype) != ((len(boxes),), bool):
+        raise ValueError(f"fast_rcnn.label: difficult must be {len(boxes)} booleans, got {difficult!r}")
+    proposals, boxes = proposals.astype(np.float64, copy=False), boxes.astype(np.float64, copy=False)
     usable = np.ones(len(boxes), bool) if difficult is None else ~difficult
     regions = np.concatenate([boxes[usable], proposals]) if append else proposals
     R, background = len(regions), spec.background
     answer, targets, overlaps = np.full(R, background), np.zeros((R, 4)), np.zeros(R)
     if R and usable.any():
         best, overlaps, _, _ = assign.best(regions, boxes[usable])
-        positive = overlaps >= high
+        positive = overlaps >= HIGH
         answer[positive] = labels[usable][best[positive]]
         coded = box_ops.encode(regions[positive], boxes[usable][best[positive]])
         mean, std = spec.normalisation()
         targets[positive] = (coded - mean[answer[positive]]) / std[answer[positive]]
     if R and not usable.all():
         _, ignored, _, _ = assign.best(regions, boxes[~usable])
-        answer[(ignored >= high) & (ignored > overlaps)] = -1
+        answer[(ignored >= HIGH) & (ignored > overlaps)] = -1
     return Regions(regions, answer, targets, overlaps)
 
 
@@ -299,21 +311,23 @@ class Sampler:
         checks.whole(op, 1, batch=self.batch, chunk=self.chunk, ratio=self.ratio)
         if self.low is None:
             self.low = 0.1 if self.name == "random" else 0.0
-        if not (0 <= self.fraction <= 1 and 0 <= self.low <= 0.5 and 0 <= self.gamma < np.inf):
-            raise ValueError(f"{op}: fraction must lie in [0, 1], low in [0, 0.5] and gamma be finite and at least 0, got {self.fraction}, {self.low}, "
-                             f"{self.gamma}")
+        if not (0 <= self.fraction <= 1 and 0 <= self.low <= HIGH and (self.gamma == 0 or 1 <= self.gamma < np.inf)):
+            raise ValueError(f"{op}: fraction must lie in [0, 1], low in [0, {HIGH}] and gamma be 0, or finite and at least 1, got "
+                             f"{self.fraction!r}, {self.low!r}, {self.gamma!r}")
+        if self.threshold is not None and not 0 <= self.threshold <= 1:
+            raise ValueError(f"{op}: threshold must be None or lie in [0, 1], got {self.threshold!r}")
 
 
 def score(net, maps, rois, labels, targets, sampler, rng=None):
     """The read-only pass: the loss of every region (R,), in chunks of which nothing is kept (ohem notes, sec. 2.1 and 2.3).
 
-    It touches no gradient and no running average. ssd ranks by the classification loss alone.
+    It touches no gradient and no running average.
     """
     parts = []
     for first in range(0, len(rois), sampler.chunk):
         some = slice(first, first + sampler.chunk)
         scores, deltas, _ = net.regions(maps, rois[some], sampler.noisy, rng)
-        parts.append(roi_loss.each(scores, deltas, labels[some], targets[some], box_weight=0.0 if sampler.name == "ssd" else 1.0))
+        parts.append(roi_loss.each(scores, deltas, labels[some], targets[some]))
     return array_module(maps).concatenate(parts) if parts else maps[:0, 0, 0, 0]
 
 
@@ -324,12 +338,12 @@ def choose(net, maps, regions, arrays, sampler, batch, rng):
         labels = np.where(regions.overlaps < sampler.low, -1, regions.labels)
         regions, arrays = dataclasses.replace(regions, labels=labels), [arrays[0], put(labels), arrays[2]]
     if sampler.name == "random":
-        return put(ohem.random(regions.labels, regions.overlaps, batch, rng, sampler.fraction, sampler.low))
+        return put(ohem.random(regions.labels, regions.overlaps, batch, rng, sampler.fraction, sampler.low, HIGH))
     if sampler.name in ("all", "focal"):
         return put(np.flatnonzero(regions.labels >= 0))
     losses = score(net, maps, *arrays, sampler, rng)
-    if sampler.name == "ssd":
-        return put(ohem.ssd(to_numpy(losses), regions.labels, regions.overlaps.astype(losses.dtype.name), sampler.ratio))
+    if sampler.name == "ssd":                                           # ranks the background alone, which has no box loss
+        return put(ohem.ssd(to_numpy(losses), regions.labels, regions.overlaps, sampler.ratio, HIGH))
     return ohem.select(losses, arrays[0][:, 1:], arrays[1], batch, sampler.threshold, sampler.per_label)
 
 
@@ -356,9 +370,11 @@ def step(net, x, regions, sampler, rng):
 
     The trunk runs once; where the choice needs losses, the head runs on all regions first, and then on those chosen (the "two networks" of the
     notes, sec. 2.3). Returns a dict of numbers, "loss" first, with the share of the regions chosen that hold an object, and the list of the indices
-    chosen in each image.
+    chosen in each image. On a GPU the numbers stay there; read are the counts of the chosen, one an image.
     """
     N, K, dtype = len(x), net.spec.background, x.dtype
+    if len(regions) != N:
+        raise ValueError(f"fast_rcnn.step: there must be Regions for each of {N} images, got {len(regions)}")
     xp = array_module(x)
     maps, trunk_cache = net.features(x, True, rng)
     chosen, picked = [], []
@@ -367,20 +383,18 @@ def step(net, x, regions, sampler, rng):
         chosen.append(choose(net, maps, r, arrays, sampler, max(1, sampler.batch // N), rng))
         picked.append([a[chosen[-1]] for a in arrays])
     rois, labels, targets = (xp.concatenate(column) for column in zip(*picked))
-    positives = [int((r.labels[to_numpy(c)] < K).sum()) for r, c in zip(regions, chosen)]
+    count, positive = len(rois), (labels < K).sum()
     if sampler.name in ("ssd", "focal"):
-        each = [1 / max(1, sum(positives))] * N
+        weights = xp.full(count, 1.0) / xp.maximum(positive, 1)
     elif sampler.accumulate == "global_mean":
-        each = [1 / max(1, len(rois))] * N
+        weights = xp.full(count, 1 / max(1, count))
     else:
-        each = [1 / (N * max(1, len(c))) for c in chosen]
-    weights = xp.asarray(np.repeat(each, [len(c) for c in chosen]).astype(dtype.name))
+        weights = xp.asarray(np.repeat([1 / (N * max(1, len(c))) for c in chosen], [len(c) for c in chosen]))
     gamma = sampler.gamma if sampler.name == "focal" else 0.0
     scores, deltas, cache = net.regions(maps, rois, True, rng)
-    value, dscores, ddeltas = roi_loss.loss(scores, deltas, labels, targets, weights, gamma=gamma)
+    value, dscores, ddeltas = roi_loss.loss(scores, deltas, labels, targets, weights.astype(dtype), gamma=gamma)
     net.parts["trunk"].backward(net.backward_regions(dscores, ddeltas, cache), trunk_cache)
-    count = len(rois)
-    return {"loss": value, "regions": count, "positive": sum(positives) / max(1, count)}, chosen
+    return {"loss": value, "regions": count, "positive": scalar(positive / max(1, count))}, chosen
 
 
 # Training images and detection
@@ -389,8 +403,8 @@ def training_image(spec, example, proposals, rng, mirror=True, jitter=0, most=No
     """One image at one of the training scales, with its proposals: uint8 (h, w, 3), proposals, boxes, labels, difficult, in its pixels.
 
     Mirrored half of the time (CHOICE: the papers' list holds every image twice), the scale drawn from spec.short (notes, sec. 1.1 and 1.9).
-    jitter: copies of each object, of which every edge moves by up to a tenth of the side, stand before the proposals (sec. 1.7; IoU >= 0.64; numbers a
-    CHOICE). most: so many of the proposals, drawn anew each time, where there are more (CHOICE; the papers have about 2000).
+    jitter: copies of each object, of which every edge moves by up to a tenth of the side, stand before the proposals (sec. 1.7; IoU >= 0.64;
+    numbers a CHOICE). most: so many of the proposals, drawn anew each time, where there are more (CHOICE; the papers have about 2000).
     """
     if most is not None and len(proposals) > most:
         proposals = proposals[np.sort(rng.choice(len(proposals), most, replace=False))]
@@ -406,8 +420,8 @@ def training_image(spec, example, proposals, rng, mirror=True, jitter=0, most=No
 
 
 def batch(net, images):
-    """Images of different sizes as one array for the net, normalised: in the upper left corner, the rest 0 (the mean)."""
-    H, W = (max(image.shape[k] for image in images) for k in (0, 1))
+    """Images of different sizes as one array for the net, normalised: in the upper left corner, the rest 0 (the mean); at least 32 pixels a side."""
+    H, W = (max(32, *(image.shape[k] for image in images)) for k in (0, 1))
     x = np.zeros((len(images), H, W, 3), net.dtype)
     for n, image in enumerate(images):
         x[n, :image.shape[0], :image.shape[1]] = net.normalise(image[None])[0]
@@ -419,8 +433,9 @@ class Testing:
     """How detections are made (ohem notes, sec. 1.9). short, longest: scales, each region at the one where its area is nearest 224^2 (`near`).
 
     min_score, nms, limit: a class keeps what scores more, NMS at this IoU, then the best `limit` of an image over all classes (ties at the last
-    score are cut by order, CHOICE). iterate: the boxes found go in as regions once more, and of both lists the kept boxes become the score-weighted
-    mean of those that overlap by at least `vote` (MR-CNN's iterative boxes and voting).
+    score are cut by order, CHOICE). iterate: the boxes that score more than `again` (CHOICE; the notes have "high-scoring") go in as regions once
+    more, and of both lists the kept boxes become the score-weighted mean of those that overlap by at least `vote` (MR-CNN's iterative boxes and
+    voting).
     """
 
     short: tuple = (600,)
@@ -430,8 +445,20 @@ class Testing:
     nms: float = 0.3
     limit: int = 100
     iterate: bool = False
+    again: float = 0.05
     vote: float = 0.5
     chunk: int = 512
+
+    def __post_init__(self):
+        """Raise ValueError or TypeError for what cannot test."""
+        op = "fast_rcnn.Testing"
+        if not self.short:
+            raise ValueError(f"{op}: short must hold at least one side, got {self.short!r}")
+        checks.small(op, 16, longest=self.longest, **{f"short {i}": s for i, s in enumerate(self.short)})
+        checks.whole(op, 1, limit=self.limit, chunk=self.chunk)
+        for name, least, most in (("near", 0, np.inf), ("min_score", 0, 1), ("nms", 0, 1), ("again", 0, 1), ("vote", 0, 1)):
+            if not (least <= getattr(self, name) <= most and getattr(self, name) < np.inf):
+                raise ValueError(f"{op}: {name} must be a number from {least} to {most}, got {getattr(self, name)!r}")
 
 
 def detect(net, image, proposals, testing):
@@ -442,11 +469,12 @@ def detect(net, image, proposals, testing):
     """
     checks.float_array("fast_rcnn.detect", "proposals", proposals, "(R, 4)")
     checks.finite("fast_rcnn.detect", proposals=proposals)
+    proposals = proposals.astype(np.float64, copy=False)
     factors = np.array([augment.short_side_factor(image, s, testing.longest) for s in testing.short])
     pyramid = [net.features(put(batch(net, [augment.scale(image, np.zeros((0, 4)), f)[0]])))[0] for f in factors]
     p, boxes = look(net, image, pyramid, factors, proposals, testing)
     if testing.iterate and len(p):
-        rows, labels = np.nonzero(p[:, :-1] > testing.min_score)
+        rows, labels = np.nonzero(p[:, :-1] > max(testing.min_score, testing.again))
         again_p, again = look(net, image, pyramid, factors, boxes[rows, labels], testing)
         p, boxes = np.concatenate([p, again_p]), np.concatenate([boxes, again])
     found = []
