@@ -262,7 +262,8 @@ def test_the_hardest_are_chosen_and_background_alone_trains_too():
     net = small()
     x, regions = given(net)
     maps, _ = net.features(x, True)
-    _, chosen = fast_rcnn.step(net, x, regions, Sampler(batch=20), np.random.default_rng(0))
+    values, chosen = fast_rcnn.step(net, x, regions, Sampler(batch=20), np.random.default_rng(0))
+    assert values["positive"] == np.mean(np.concatenate([r.labels[c] < 6 for r, c in zip(regions, chosen)])) > 0
     for n, (r, c) in enumerate(zip(regions, chosen)):
         rois = np.column_stack([np.full(len(r.boxes), float(n)), r.boxes])
         losses = fast_rcnn.score(net, maps, rois, r.labels, r.targets, Sampler())
@@ -515,6 +516,9 @@ def test_a_region_goes_where_its_area_is_nearest():
     net.asked.clear()
     fast_rcnn.detect(net, IMAGE, np.array([[10, 0, 49, 39.]]), testing)             # areas 380 and 1521: 520 and 621 off; sides 10.5 and 9 off
     assert net.asked == [(0.5, 10.0)]
+    net.asked.clear()
+    fast_rcnn.detect(net, IMAGE, np.array([[10, 0, 46, 36.]]), testing)             # areas 324 and 1296: 576 and 396 off
+    assert net.asked == [(1.0, 10.0)]
     net.asked.clear()
     fast_rcnn.detect(net, IMAGE, np.array([[10, 0, 49, 39.]]), fast_rcnn.Testing(short=(100,), longest=60))
     assert net.asked == [(0.5, 10.0)]                                   # the long side is at most `longest`
