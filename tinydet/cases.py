@@ -8,8 +8,8 @@ from collections.abc import Callable
 import numpy as np
 
 from tinydet import layers, optim
-from tinydet.backend import BACKENDS, put, to_numpy
-from tinydet.ops import (add, batch_norm, box_loss, concat, conv, dropout, focal_loss, global_max_pool, linear, logistic_loss, lrn,
+from tinydet.backend import BACKENDS, put, to_numpy, use
+from tinydet.ops import (add, ap_loss, auc_loss, batch_norm, box_loss, concat, conv, dropout, focal_loss, global_max_pool, linear, logistic_loss, lrn,
                          max_pool, offset_pool, relu, roi_loss, roi_pool, softmax_loss, upsample)
 
 
@@ -182,6 +182,17 @@ def _scores(loss, low, **options):
         x = 3 * rng.standard_normal((int(rng.integers(1, 6)), 3))
         labels = rng.integers(low, 2, x.shape)
         return lambda x: loss(x, put(labels), **options), [x]
+    return draw
+
+
+def _ap_loss(delta, interpolated):
+    """The update, no derivative of the loss, is that of sum C_ij (s_j - s_i), C the reference's weights at the drawn scores: sum g_k s_k."""
+    def draw(rng):
+        x = 2 * rng.standard_normal(12)
+        labels = rng.permutation([1, 1, 1, 0, 0, 0, 0, 0, *rng.integers(-1, 2, 4)])
+        with use("numpy"):
+            frozen = ap_loss.ap_loss(x, labels, delta, interpolated)[1]
+        return lambda x: ((x * like(x, frozen)).sum(), ap_loss.ap_loss(x, put(labels), delta, interpolated)[1]), [x]
     return draw
 
 
@@ -365,6 +376,9 @@ CASES = [
     Case("logistic_loss", "labels 0, 1", "loss", _scores(logistic_loss.loss, 0, signed=False), 1e-5),
     Case("focal_loss", "alpha 0.25, gamma 2", "loss", _scores(focal_loss.loss, -1), 1e-5),
     Case("focal_loss", "gamma 0, no alpha", "loss", _scores(focal_loss.loss, -1, alpha=None, gamma=0), 1e-5),
+    Case("ap_loss", "surrogate with frozen weights", "loss", _ap_loss(1.0, True), 1e-5),
+    Case("ap_loss", "surrogate with frozen weights, plain, hard step", "loss", _ap_loss(0.0, False), 1e-5),
+    Case("auc_loss", "", "loss", _scores(auc_loss.auc_loss, -1), 1e-5),
     Case("roi_loss", "", "loss", _roi_loss(), 1e-5),
     Case("roi_loss", "focal, gamma 2", "loss", _roi_loss(gamma=2.0), 1e-5),
     Case("box_loss", "l2", "loss", _box_loss(box_loss.l2), 1e-5),
@@ -381,5 +395,5 @@ CASES = [
     *(Case(op, what, "no gradient", None, why=f"tests/test_{op}.py compares it with its definition") for op, what in (
         ("assign", "a choice of boxes and anchors"), ("boxes", "targets are constants of training"), ("nms", "a choice of boxes"), ("ohem", "a choice of regions"),
         ("scan", "sums of indices and counts"), ("sort", "a choice of order"), ("soft_nms", "a choice of boxes and their scores"), ("box_voting", "applied to detections only"),
-        ("merge", "applied to detections only"))),
+        ("merge", "applied to detections only"), ("smooth_ap", "array code; its gradient by differences there"))),
 ]

@@ -1,0 +1,123 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.testing import assert_allclose, assert_array_equal
+
+from conftest import BACKENDS, seeds
+from tinydet import to_numpy, use
+from tinydet.gradcheck import check_loss
+from tinydet.ops import smooth_ap as op
+from tinydet.ops.ap_loss import ap_loss
+from tinydet.ops.smooth_ap import smooth_ap
+
+backends = pytest.mark.parametrize("backend", BACKENDS)
+taus = st.sampled_from([0.1, 0.5, 2])
+
+
+def run(backend, scores, labels, *args):
+    """Value and gradient, on the host."""
+    with use(backend) as put:
+        value, g = smooth_ap(put(scores), put(labels), *args)
+    assert type(value) is float or backend == "cuda" and value.shape == () and value.dtype == np.float64
+    assert g.dtype == scores.dtype and g.shape == scores.shape
+    return float(to_numpy(value)), to_numpy(g)
+
+
+def by_definition(s, t, tau):
+    s, t = s.ravel().tolist(), t.ravel().tolist()
+    positive, negative = ([i for i, label in enumerate(t) if label == k] for k in (1, 0))
+
+    def S(x):
+        return 1 / (1 + math.exp(-x / tau))
+    lost = []
+    for i in positive:
+        a = 1 + sum(S(s[k] - s[i]) for k in positive if k != i)
+        b = sum(S(s[j] - s[i]) for j in negative)
+        lost.append(b / (a + b))
+    return sum(lost) / len(lost) if lost else 0.0
+
+
+@st.composite
+def cases(draw, max_n=12):
+    n, rng = draw(st.integers(0, max_n)), np.random.default_rng(draw(seeds))
+    s = 2 * rng.standard_normal(n) + draw(st.sampled_from([0, -4.6, 100]))
+    return (np.round(s) if draw(st.booleans()) else s), rng.integers(-1, 2, n)
+
+
+@backends
+@given(case=cases(), tau=taus)
+def test_value_is_the_definition(backend, case, tau):
+    before = [a.copy() for a in case]
+    value, g = run(backend, *case, tau)
+    assert_allclose(value, by_definition(*case, tau), rtol=1e-12, atol=1e-14)
+    assert 0 <= value < 1 and abs(g.sum()) < 1e-12 and (g[case[1] == 0] >= 0).all() and not g[case[1] == -1].any()
+    for a, b in zip(case, before):
+        assert_array_equal(a, b)
+
+
+@backends
+@given(case=cases(8), tau=taus)
+def test_gradient_by_differences(backend, case, tau):
+    s, t = case
+    with use(backend) as put:
+        t = put(t)
+        check_loss(lambda s: smooth_ap(s, t, tau), [s], put=put, eps=1e-6)
+
+
+@backends
+def test_in_parts_of_the_positives(backend, monkeypatch):
+    rng = np.random.default_rng(0)
+    s, t = rng.standard_normal((9, 5)), rng.integers(-1, 2, (9, 5))
+    value, g = run(backend, s, t)
+    monkeypatch.setattr(op, "PAIRS", 3 * int((t >= 0).sum()))
+    again, g_again = run(backend, s.T, t.T.astype(np.int8))
+    assert_allclose(again, value, rtol=1e-13)
+    assert_allclose(g_again, g.T, atol=1e-15)
+    value, g32 = run(backend, s.astype(np.float32), t)
+    assert_allclose(g32, g, atol=1e-6)
+
+
+def test_small_tau_gives_the_loss_of_the_hard_step_and_no_gradient():
+    """Scores apart: the value is that of AP-loss, the gradient fades where AP-loss's update does not."""
+    rng = np.random.default_rng(0)
+    s, t = rng.permutation(30).astype(float), rng.choice([0, 1], 30)
+    value, g = smooth_ap(s, t, 0.01)
+    loss, update = ap_loss(s, t, 0, False)
+    assert_allclose(value, loss, rtol=1e-12)
+    assert abs(g).max() < 1e-30 < abs(update).max()
+
+
+@backends
+@given(case=cases())
+def test_ignored_scores_count_in_nothing_whatever_they_hold(backend, case):
+    s, t = case
+    value, g = run(backend, s, t)
+    s = s.copy()
+    s[t == -1] = np.nan
+    again, g_again = run(backend, s, t)
+    assert again == value
+    assert_array_equal(g_again, g)
+
+
+@backends
+@pytest.mark.parametrize("labels", [[], [0, 0, 0], [1, 1], [-1], [-1, 0], [1, -1]])
+def test_no_positive_or_no_negative_gives_zeros(backend, labels):
+    value, g = run(backend, np.arange(len(labels), dtype=np.float32), np.array(labels, int))
+    assert value == 0 and not g.any()
+
+
+@pytest.mark.parametrize("change, error, message", [
+    (dict(scores=[0.0]), TypeError, "scores must be an array, got list"),
+    (dict(scores=np.zeros(2, int)), TypeError, "scores must be float32 or float64, got int64"),
+    (dict(labels=np.zeros((2, 1), int)), ValueError, r"labels must have shape \(2,\), got \(2, 1\)"),
+    (dict(labels=np.array([0, 2])), ValueError, r"labels must be -1, 0 or 1, got 0\.\.2"),
+    (dict(scores=np.array([0, np.inf])), ValueError, "scores must be finite where labels are 0 or 1, got inf"),
+    (dict(tau=0), ValueError, "tau must be finite and above 0, got 0"),
+    (dict(tau=np.inf), ValueError, "tau must be finite and above 0, got inf"),
+])
+def test_errors(change, error, message):
+    with pytest.raises(error, match=r"^smooth_ap\.smooth_ap: " + message):
+        smooth_ap(**{**dict(scores=np.zeros(2), labels=np.zeros(2, int)), **change})
