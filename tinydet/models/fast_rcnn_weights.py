@@ -78,14 +78,14 @@ def load_published(net, path, bgr=True, background="first"):
     if background not in ("first", "last"):
         raise ValueError(f"{op}: background must be 'first' or 'last', got {background!r}")
     namings, own = published_names(net.spec.table), net.arrays()
-    arrays = _read(op, path)
+    arrays = read_plain(op, path)
     names = max(namings, key=lambda names: sum(name in arrays for name in names.values()))      # a tie: the first
     for kind in "wb":
         arrays.pop(names.pop(f"imagenet.{kind}"), None)
     outputs = [f"{layer}.{kind}" for layer in OUTPUTS for kind in "wb"]
     kept = [] if any(names[k] in arrays for k in outputs) else outputs
     names = {ours: theirs for ours, theirs in names.items() if ours not in kept}
-    wanted = {theirs: _published(own[ours]) for ours, theirs in names.items()}
+    wanted = {theirs: published_form(own[ours]) for ours, theirs in names.items()}
     arrays = fitting(op, path, arrays, wanted, f"a published {net.spec.table}", cast=True)
     new = {ours: arrays.pop(theirs) for ours, theirs in names.items()}
     fc6, pool = new["head.fc6.w"], net.table.pool
@@ -103,8 +103,8 @@ def load_published(net, path, bgr=True, background="first"):
     return kept
 
 
-def _read(op, path):
-    """The arrays of a file, by name."""
+def read_plain(op, path):
+    """The arrays of a published .npz or .safetensors file, by name. op: who asks, for the message."""
     suffix = Path(path).suffix
     if suffix == ".safetensors":
         return safetensors.read(path)[0]
@@ -125,7 +125,7 @@ def _read(op, path):
         raise ValueError(f"{op}: {path} must be an .npz file of plain arrays, got: {str(error)[:300]}") from None
 
 
-def _published(a):
+def published_form(a):
     """The channels-first shape and the dtype of an array of the net."""
     shape = (a.shape[3], a.shape[2], *a.shape[:2]) if a.ndim == 4 else a.shape[::-1]
     return SimpleNamespace(shape=shape, dtype=a.dtype)
