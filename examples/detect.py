@@ -1,4 +1,4 @@
-"""Detect objects in pictures with a net that examples/overfeat.py or examples/ohem.py trained: draws and prints what it finds.
+"""Detect objects in pictures with a net that examples/overfeat.py, ohem.py or ap_loss.py trained: draws and prints what it finds.
 
     python examples/detect.py --weights runs/overfeat/weights.npz picture.jpg ...           # drawn into detections/
     python examples/detect.py --weights runs/overfeat/weights.npz --json picture.jpg ...    # JSON on standard output
@@ -17,7 +17,7 @@ import tinydet                                                      # before num
 import numpy as np
 
 from tinydet import data, draw, files, proposals, train, weights
-from tinydet.models import fast_rcnn, overfeat
+from tinydet.models import fast_rcnn, overfeat, retinanet
 
 
 def arguments(argv=None):
@@ -48,7 +48,13 @@ def arguments(argv=None):
 
 def load(args, put):
     """The net of a weights file, its settings, and detect(image, stem)."""
-    if weights.model(args.weights) == "overfeat":
+    model = weights.model(args.weights)
+    if model == "retinanet":
+        net, settings = retinanet.load(args.weights)
+        net.to(put)
+        testing = retinanet.Testing(**settings.get("testing", {}))
+        return net, settings, lambda image, stem: retinanet.detect(net, image, testing)
+    if model == "overfeat":
         net, settings = overfeat.load(args.weights)
         net.to(put)
         combining = {k: settings[k] for k in ("merging", "threshold") if k in settings}

@@ -224,6 +224,31 @@ def module(program):
     return found
 
 
+def test_ap_loss_leaves_everything_in_the_run_folder_and_detects_again(voc, tmp_path):
+    tiny = ["--data", voc, "--steps", "4", "--size", "64", "64", "--batch", "2", "--checkpoint-every", "2", "--measure-every", "2", "--name", "p"]
+    run("ap_loss.py", *tiny, cwd=tmp_path)
+    folder = tmp_path / "runs" / "p"
+    assert {p.name for p in folder.iterdir()} == {
+        "config.json", "metrics.jsonl", "checkpoint.npz", "weights.npz", "results.json", "false_positives", "loss.png", "precision_recall.png", "detections.png",
+        "detections.json", "curve.json", "curve.png", "ranking.png", "pull.png"}
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        r = json.loads(line)
+        assert 0 <= r["ranking_ap"] <= 1 and r["pull_positive"] == pytest.approx(r["class_loss"], rel=1e-4) == pytest.approx(r["pull_negative"], rel=1e-4)
+    assert [p["step"] for p in json.loads((folder / "results.json").read_text())["curve"]] == [2, 4]
+    records = json.loads((folder / "detections.json").read_text())
+    pictures = [p for p in sorted((voc / "JPEGImages").iterdir()) if p.stem in {r["image"] for r in records}]
+    told = json.loads(run("detect.py", "--weights", folder / "weights.npz", "--json", *pictures, cwd=tmp_path).stdout)
+    assert records and sorted(told, key=str) == sorted(records, key=str)
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--loss", "focal", "--delta", "0.5"], "--plain and --delta are settings of --loss ap"), (["--nms", "2"], "--nms must lie in"), (["--size", "64"], "expected 2")])
+def test_bad_settings_of_ap_loss_are_said(tmp_path, args, message, capsys):
+    with pytest.raises(SystemExit):
+        module("ap_loss").arguments(args)
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("wrong, message", [
     (["--weight-decay", "nan"], "weight_decay must be finite"), (["--min-score", "nan"], "min_score must be a number"), (["--bias-rate", "-3"], "the rate of"),
     (["--table", "VGG_CNN_M_1024", "--pretrained", "none.npz"], "there is no file none.npz"), (["--near", "nan"], "near must be a number")])

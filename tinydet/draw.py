@@ -145,9 +145,9 @@ def plot(xlabel, ylabel, title):
     return figure, axes
 
 
-def loss_curves(records, names, path, title="training loss"):
+def loss_curves(records, names, path, title="training loss", what="loss"):
     """Draw the running mean of metrics over the steps. records: dicts with "step" and names, as train.Run logs them."""
-    figure, axes = plot("step", "loss (mean of the last 25 steps)", title)
+    figure, axes = plot("step", f"{what} (mean of the last 25 steps)", title)
     steps = np.array([r["step"] for r in records])
     for name in names:
         values = np.cumsum([0.0, *(r[name] for r in records)])

@@ -1,0 +1,119 @@
+"""Train a RetinaNet by ranking (AP-loss) or with what it is compared with, evaluate it, and draw what it found
+(1904.06373, 2008.07294; tinydet/models/retinanet.py, tinydet/ops/ap_loss.py).
+
+    python examples/ap_loss.py                                      # embedded scenes
+    python examples/ap_loss.py --loss focal                         # the same net and schedule, another loss
+    python examples/ap_loss.py --data FOLDER --name cells           # train on its split "train", evaluate on "val"
+    python examples/ap_loss.py --data VOC --table resnet50 --pretrained resnet50.npz --backend cuda
+
+What --loss ap puts in the gradient's place is the paper's update, no derivative of the loss. Everything goes to runs/<name>/: config.json,
+metrics.jsonl, curve.json (average precision while it trained), checkpoint.npz, weights.npz (for examples/detect.py), detections.json,
+results.json, loss.png, ranking.png (average precision of the training batch's ranking, whatever the loss), pull.png (gradient on positives and negatives),
+curve.png, precision_recall.png, detections.png, false_positives/. A run that was stopped goes on with --resume.
+"""
+import argparse
+import dataclasses
+import time
+from pathlib import Path
+
+import common                                                       # before numpy, as tinydet: sets how BLAS threads wait
+import numpy as np
+
+from tinydet import augment, backend, data, draw, optim, train
+from tinydet.backend import array_module
+from tinydet.models import retinanet, retinanet_weights
+from tinydet.ops import ap_loss
+from tinydet.summary import summary
+
+
+def arguments(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    a = parser.add_argument
+    common.add_arguments(parser, "ap_loss")
+    a("--loss", choices=retinanet.LOSSES, default="ap", help="of the classes (%(default)s)")
+    a("--delta", type=float, default=1.0, help="half width of AP-loss's step (%(default)s)")
+    a("--plain", action="store_true", help="AP-loss without interpolation")
+    a("--per-image", action="store_true", help="rank each image alone, not the batch")
+    a("--box-weight", type=float, default=1.0, help="of the box loss (%(default)s)")
+    a("--table", choices=retinanet.TABLES, default="small", help="the net (%(default)s)")
+    a("--pretrained", metavar="FILE", help="a ResNet's published weights, .npz or .safetensors, by name; its first layers and batch norms stay")
+    a("--side", type=float, default=4.0, help="of the smallest anchors of a level, in strides (%(default)s)")
+    a("--size", type=common.count, nargs=2, metavar=("HEIGHT", "WIDTH"), help="training images in pixels (scenes 128 128, folders 384 512)")
+    a("--short", type=common.count, help="short side of a tested image (default: the smaller of --size)")
+    a("--no-crops", action="store_true", help="training images are mirrored, no more: without SSD's colours, expansion and crops")
+    a("--steps", type=common.count, help="training steps (scenes 800, folders 1500)")
+    a("--batch", type=common.count, default=8, help="images a step (%(default)s)")
+    a("--lr", type=float, default=0.02, help="largest learning rate (%(default)s)")
+    a("--weight-decay", type=float, default=1e-4, help="(%(default)s)")
+    a("--nms", type=float, default=0.5, help="IoU of a class's detections above which the weaker goes (%(default)s)")
+    a("--limit", type=common.count, default=300, help="detections of an image (%(default)s)")
+    a("--measure-every", type=common.count, metavar="STEPS", help="average precision (default: a fifth of the steps)")
+    args = parser.parse_args(argv)
+    args.steps = args.steps or (1500 if args.data else 800)
+    args.size = args.size or ([384, 512] if args.data else [128, 128])
+    args.short = args.short or min(args.size)
+    args.measure_every = args.measure_every or -(-args.steps // 5)
+    common.check(parser, args)
+    if not 0 <= args.nms <= 1:
+        parser.error(f"--nms must lie in [0, 1], got {args.nms}")
+    if (args.plain or args.delta != 1) and args.loss != "ap":
+        parser.error(f"--plain and --delta are settings of --loss ap, got --loss {args.loss}")
+    return args
+
+
+def main(args, put):
+    start = time.perf_counter()
+    draw.require()
+    examples, held_out, classes = common.read(args)
+    mean, std = ((v,) * 3 for v in data.mean_std(examples))
+    spec = retinanet.Spec(tuple(classes), args.table, side=args.side, **({} if args.pretrained else {"mean": mean, "std": std}))
+    testing = retinanet.Testing(args.short, 2 * args.short, nms=args.nms, limit=args.limit)
+    run = train.Run(Path(args.out) / args.name, common.settings(args, "nms", "limit", "short"), args.resume)
+    net = retinanet.RetinaNet(spec, np.random.default_rng(args.seed), pretrained=bool(args.pretrained))
+    if args.pretrained:
+        retinanet_weights.load_published(net, args.pretrained)
+    net.to(put)
+    height, width = args.size
+    boxes = retinanet.anchors(spec, height, width)
+    print(f"{len(examples)} training and {len(held_out)} evaluation images, {len(classes)} classes, {len(boxes)} anchors an image")
+    print(summary(net.parts["backbone"], (1, height, width, 3)), flush=True)
+    axes = augment.colour_axes(examples)
+    options = {"delta": args.delta, "interpolated": not args.plain} if args.loss == "ap" else {}
+
+    def prepare(i):
+        rng = np.random.default_rng([args.seed, i])
+        views = [retinanet.training_view(spec, examples[j], rng, height, width, not args.no_crops, axes=axes)
+                 for j in rng.choice(len(examples), args.batch, replace=len(examples) < args.batch)]
+        return net.normalise(np.stack([v[0] for v in views])), [retinanet.label(spec, boxes, *v[1:]) for v in views]
+
+    def step(i, prepared):
+        if i and i % args.measure_every == 0:
+            measure(i)
+        images, targets = prepared
+        scores, deltas, cache = net.forward(put(images), train=True)
+        values, dscores, ddeltas = retinanet.loss(scores, deltas, targets, args.loss, args.per_image, args.box_weight, **options)
+        net.backward(dscores, ddeltas, cache)
+        xp = array_module(scores)
+        answers = retinanet.entries(xp.asarray(np.stack([t.labels for t in targets])), len(classes))
+        pull = [backend.scalar((abs(dscores) * (answers == k)).sum(dtype=np.float64)) for k in (1, 0)]
+        return {**values, "ranking_ap": 1 - ap_loss.ap_loss(scores, answers, 0.0)[0], "pull_positive": pull[0], "pull_negative": pull[1]}
+
+    def measure(i):
+        detections = [retinanet.detect(net, e.image(), testing) for e in held_out]
+        return detections, common.measure(run, i, detections, held_out, classes)
+
+    optimizer = optim.SGD(net, 0.9, args.weight_decay)
+    train.fit(run, net, optimizer, optim.cosine_schedule(args.lr, args.steps, args.steps // 20), args.steps, step,
+              args.checkpoint_every, prepare, args.workers)
+
+    detections, curve = measure(args.steps)
+    draw.measurements(curve, ("mean AP50",), run.folder / "curve.png")
+    draw.loss_curves(run.metrics(), ("ranking_ap",), run.folder / "ranking.png", "ranking of the training batch", "average precision")
+    draw.loss_curves(run.metrics(), ("pull_positive", "pull_negative"), run.folder / "pull.png", "gradient of the scores, summed by label", "sum of sizes")
+    return common.finish(run, args, detections, held_out, classes, ("loss", "class_loss", "box_loss"),
+                         lambda path, cut: retinanet.save(net, path, {"testing": dataclasses.asdict(testing), "cut": cut}),
+                         testing=dataclasses.asdict(testing), curve=curve, seconds=None if args.resume else round(time.perf_counter() - start))
+
+
+if __name__ == "__main__":
+    common.start(main, arguments())
