@@ -16,6 +16,7 @@ ARMS = {"random": ["--sampler", "random"],
         "random, N=1": ["--sampler", "random", "--images", "1", "--batch", "256"],
         "ohem, N=1": ["--sampler", "ohem", "--images", "1", "--batch", "256"],
         "all": ["--sampler", "all"],
+        "all, lr 0.06": ["--sampler", "all", "--lr", "0.06"],           # the paper, too, trains all regions at 3 to 4 times the rate
         "ssd": ["--sampler", "ssd"],
         "focal": ["--sampler", "focal"],
         "ohem, multi-scale": ["--sampler", "ohem", "--short", "180", "240", "320", "--test-short", "180", "240", "320"]}
@@ -39,9 +40,11 @@ CLAIMS = [
          better="random", worse="random, bg_lo 0", than=("ohem, bg_lo 0.1", "ohem")),
     dict(text="N=1 costs OHEM less than random sampling", paper="69.9 to 69.7, against 67.2 to 66.3", data="bccd",
          better="random", worse="random, N=1", than=("ohem", "ohem, N=1")),
-    dict(text="OHEM beats training on all regions", paper="69.9 against 68.7 (unverified)", data="bccd", better="ohem", worse="all"),
+    dict(text="OHEM beats training on all regions at the same rate", paper="-", data="bccd", better="ohem", worse="all"),
+    dict(text="OHEM beats training on all regions at a higher rate", paper="69.9 against 68.7 (unverified)", data="bccd", better="ohem",
+         worse="all, lr 0.06"),
     *(dict(text=f"OHEM ends with a lower mean loss over all regions than {worse}", worse=worse, **ALL_LOSS)
-      for worse in ("random", "random, bg_lo 0", "all")),
+      for worse in ("random", "random, bg_lo 0", "all", "all, lr 0.06")),
     dict(text="iterated boxes with voting add", paper="with multi-scale 69.9 to 75.1", data="bccd", better="ohem@iterate", worse="ohem"),
     dict(text="iterated boxes with voting add", paper="with multi-scale 69.9 to 75.1", data="apple-orchard", better="ohem@iterate", worse="ohem"),
     dict(text="iterated boxes with voting add to random sampling", paper="with multi-scale 67.2 to 72.4", data="bccd", better="random@iterate",

@@ -27,9 +27,9 @@ from tinydet.models import fast_rcnn, fast_rcnn_weights
 from tinydet.summary import summary
 
 # The paper's recipes for VGG16 on PASCAL VOC (ohem notes, sec. 1 and 2.4; VOC07: 80,000 steps, the rate times 0.1 every 30,000)
-VOC = {"table": "VGG16", "short": [600], "longest": 1000, "steps": 80000, "lr": 0.001, "decay_at": [30000, 60000], "bias_rate": 2.0, "dropout": 0.5,
-       "targets": "classes", "jitter": 0, "float_bins": True, "min_score": 1e-5, "limit": 2000, "near": 224.0, "train_set": "trainval",
-       "eval_set": "test"}
+VOC = {"table": "VGG16", "images": 2, "batch": 128, "short": [600], "longest": 1000, "steps": 80000, "lr": 0.001, "decay_at": [30000, 60000],
+       "bias_rate": 2.0, "dropout": 0.5, "targets": "classes", "jitter": 0, "float_bins": True, "min_score": 1e-5, "limit": 2000, "near": 224.0,
+       "train_set": "trainval", "eval_set": "test"}
 PRESETS = {"voc": VOC,
            "voc-multiscale": {**VOC, "short": [480, 576, 688, 864, 900], "test_short": [480, 576, 688, 864, 1000], "longest": 2000, "iterate": True}}
 
@@ -46,8 +46,8 @@ def arguments(argv=None):
     common.add_arguments(parser, "ohem")
     a("--preset", choices=PRESETS, help="the paper's settings; those given beside it win")
     a("--sampler", choices=fast_rcnn.SAMPLERS, default="ohem", help="which regions train (%(default)s)")
-    a("--images", type=common.count, default=2, help="images a step, N (%(default)s)")
-    a("--batch", type=common.count, default=128, help="regions a step, B (%(default)s)")
+    a("--images", type=common.count, help="images a step, N (scenes 8, folders 2 as in the paper)")
+    a("--batch", type=common.count, default=512, help="regions a step, B (%(default)s, CHOICE: objects may be many; the paper: 128)")
     a("--fraction", type=float, default=0.25, help="of them with an object at most, of random (%(default)s)")
     a("--bg-lo", type=float, help="smallest overlap of a region of the background (random 0.1, else 0)")
     a("--label-free", action="store_true", help="near-duplicates are dropped whatever their label, as the paper's text has it")
@@ -61,13 +61,13 @@ def arguments(argv=None):
     a("--most", type=common.count, default=4000, help="regions of a training image, drawn anew each time where there are more (%(default)s)")
     a("--jitter", type=int, default=4, help="jittered copies of each object among the training regions (%(default)s)")
     a("--targets", choices=("fixed", "all", "classes"), default="fixed", help="boxes normalised by 0.1 and 0.2, or by statistics: of all, of each class")
-    a("--short", type=common.count, nargs="+", help="short side of a training image in pixels, or several to draw from (scenes 96, folders 240)")
+    a("--short", type=common.count, nargs="+", help="short side of a training image in pixels, or several to draw from (scenes 128, folders 240)")
     a("--test-short", type=common.count, nargs="+", help="short sides at which images are tested (default: the largest of --short)")
     a("--near", type=float, metavar="PIXELS", help="with several --test-short a region goes where its side is nearest (default: 224/600 of the "
       "largest --short, CHOICE; the papers: 224, at short sides about 600)")
     a("--longest", type=common.count, default=1000, help="limit of the long side (%(default)s)")
-    a("--steps", type=common.count, help="training steps (scenes 600, folders 1500)")
-    a("--lr", type=float, default=0.02, help="largest learning rate (%(default)s)")
+    a("--steps", type=common.count, help="training steps (scenes 600, folders 1000)")
+    a("--lr", type=float, help="largest learning rate (scenes 0.06, folders 0.02)")
     a("--decay-at", type=common.count, nargs="+", metavar="STEP", help="the rate falls to a tenth at these steps (default: along a cosine)")
     a("--bias-rate", type=float, default=1.0, help="factor of the rate for biases (%(default)s; Caffe's nets: 2)")
     a("--weight-decay", type=float, default=5e-4, help="(%(default)s)")
@@ -84,8 +84,10 @@ def arguments(argv=None):
     if chosen.preset:
         parser.set_defaults(**PRESETS[chosen.preset])
     args = parser.parse_args(argv)
-    args.steps = args.steps or (1500 if args.data else 600)
-    args.short = args.short or ([240] if args.data else [96])
+    args.steps = args.steps or (1000 if args.data else 600)
+    args.images = args.images or (2 if args.data else 8)
+    args.lr = (0.02 if args.data else 0.06) if args.lr is None else args.lr
+    args.short = args.short or ([240] if args.data else [128])
     args.test_short = args.test_short or [max(args.short)]
     args.near = 224 / 600 * max(args.short) if args.near is None else args.near
     args.measure_every, args.draw_every = (v or -(-args.steps // 5) for v in (args.measure_every, args.draw_every))
@@ -161,7 +163,7 @@ def main(args, put):
             pictures = [draw.regions(image, r.boxes[c], r.labels[c], spec.background, objects, max(1, 480 / max(image.shape[:2])))
                         for image, r, c, objects in zip(images, answers, map(backend.to_numpy, chosen), objects)]
             (run.folder / "regions").mkdir(exist_ok=True)
-            draw.save(draw.sheet(pictures, len(pictures)), run.folder / "regions" / f"{i:06d}.png")
+            draw.save(draw.sheet(pictures, min(4, len(pictures))), run.folder / "regions" / f"{i:06d}.png")
         return values
 
     # The mean loss of all regions is that of the first images of the training set as they are, the same ones at every measurement

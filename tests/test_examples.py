@@ -143,7 +143,7 @@ def test_a_killed_run_resumes_to_the_same_bits(voc, trained, tmp_path):
     assert (whole / "metrics.jsonl").read_text() == (folder / "metrics.jsonl").read_text()
 
 
-TINY_OHEM = ["--steps", "6", "--short", "64", "--checkpoint-every", "2", "--measure-every", "2", "--draw-every", "3", "--jitter", "2", "--most", "300", "--name", "o"]
+TINY_OHEM = ["--steps", "6", "--short", "64", "--batch", "128", "--min-score", "0.01", "--checkpoint-every", "2", "--measure-every", "2", "--draw-every", "3", "--jitter", "2", "--most", "300", "--name", "o"]
 
 
 @pytest.fixture(scope="module")
