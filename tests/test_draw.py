@@ -183,3 +183,19 @@ def test_precision_recall_also_without_detections_or_objects(tmp_path, monkeypat
     assert_array_equal(found["a (AP 0.750)"], [[0, 0.5, 1, 1], [1, 1, 1, 2 / 3]])           # from recall 0 on
     assert len(found["no detections (AP 0.000)"][0]) == len(found["neither (AP nan)"][0]) == 0
     assert readable(tmp_path / "a.png") and [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_regions_by_hand():
+    """Background grey, below the classes' colours; objects white, below all."""
+    image, boxes = np.zeros((40, 60, 3), np.uint8), np.array([[5, 5, 20, 20], [5, 5, 30, 30], [40, 10, 50, 20.]])
+    picture = np.asarray(draw.regions(image, boxes, np.array([1, 2, 2]), 2, np.array([[39, 30, 59, 39.]])))
+    green, grey = [int(draw.COLOURS[1][k:k + 2], 16) for k in (1, 3, 5)], [0x9a] * 3
+    assert picture[5, 10].tolist() == green and picture[5, 25].tolist() == grey and picture[19, 45].tolist() == grey and picture[30, 45].tolist() == [255] * 3
+    assert not picture[12, 45].any() and not picture[21, 45].any()                  # hollow; x2, y2 are the ends of the last pixels
+    assert draw.regions(image, boxes[:0], np.zeros(0, int), 2, enlarge=2.0).size == (120, 80)
+
+
+def test_measurements_are_drawn(tmp_path):
+    draw.measurements([{"step": 1, "a": 0.5, "b": float("nan")}, {"step": 2, "a": 0.6, "b": 3.0}], ("a", "b"), tmp_path / "m.png")
+    with Image.open(tmp_path / "m.png") as picture:
+        assert picture.size[1] > picture.size[0] * 0.7
