@@ -168,10 +168,12 @@ def main(args, put):
 
     # The mean loss of all regions is that of the first images of the training set as they are, the same ones at every measurement
     watched = [view(j, np.random.default_rng(0), mirror=False)[:2] for j in range(min(20, len(examples)))]
+    watched = [(image, answer) for image, answer in watched if (answer.labels >= 0).any()]
 
     def measure(i):
         detections = [fast_rcnn.detect(net, e.image(), p, testing) for e, p in zip(held_out, test_regions)]
-        loss = float(np.mean([fast_rcnn.mean_loss(net, put(fast_rcnn.batch(net, [image])), [answer]) for image, answer in watched]))
+        losses = [fast_rcnn.mean_loss(net, put(fast_rcnn.batch(net, [image])), [answer]) for image, answer in watched]
+        loss = sum(losses) / len(losses) if losses else float("nan")
         return detections, common.measure(run, i, detections, held_out, classes, all_loss=loss)
 
     train.fit(run, net, optimizer, schedule, args.steps, step, args.checkpoint_every, prepare, args.workers)

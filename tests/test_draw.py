@@ -196,6 +196,6 @@ def test_regions_by_hand():
 
 
 def test_measurements_are_drawn(tmp_path):
-    draw.measurements([{"step": 1, "a": 0.5, "b": float("nan")}, {"step": 2, "a": 0.6, "b": 3.0}], ("a", "b"), tmp_path / "m.png")
+    draw.measurements([{"step": 1, "a": 0.5, "b": None}, {"step": 2, "a": 0.6, "b": 3.0}], ("a", "b"), tmp_path / "m.png")
     with Image.open(tmp_path / "m.png") as picture:
         assert picture.size[1] > picture.size[0] * 0.7

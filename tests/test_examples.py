@@ -1,4 +1,5 @@
 """The example programs as a user runs them: as processes, on a small VOC folder."""
+import dataclasses
 import importlib.util
 import json
 import os
@@ -169,6 +170,20 @@ def test_ohem_leaves_everything_in_the_run_folder(voc, trained_ohem):
     found = [tuple(np.array([r[k] for r in rows]).reshape(len(rows), *[4] * (k == 0)) for k in range(3)) for rows in found]
     assert evaluate.mean_ap(evaluate.voc(found, held_out, classes)) == results["mean AP50"]
     assert json.loads((folder / "config.json").read_text())["sampler"] == "ohem"
+
+
+def test_ohem_without_any_region_to_watch_or_object_to_find(tmp_path, monkeypatch):
+    """Training images whose proposals are of no use, evaluation images without objects: nothing to measure is null, not NaN."""
+    program, empty = module("ohem"), np.zeros((0, 4))
+    bare = [dataclasses.replace(e, boxes=empty, labels=np.zeros(0, int), difficult=np.zeros(0, bool)) for e in scenes.scenes(3, seed=2)]
+    monkeypatch.setattr(program.common, "read", lambda args: (bare, bare[:1], scenes.CLASSES))
+    (tmp_path / "p.json").write_text(json.dumps({bare[0].name: [[3, 3, 4, 4]]}))
+    args = program.arguments(["--steps", "2", "--short", "64", "--images", "2", "--proposals", str(tmp_path / "p.json"), "--out", str(tmp_path)])
+    with warnings.catch_warnings(), tinydet.use("numba") as put:
+        warnings.simplefilter("ignore", data.DefectWarning)
+        program.main(args, put)
+    curve = json.loads((tmp_path / "ohem" / "curve.json").read_text(), parse_constant=lambda text: pytest.fail(text))
+    assert curve[-1] == {"step": 2, "mean AP50": None, "all_loss": None}
 
 
 def test_a_killed_ohem_run_resumes_to_the_same_bits(voc, trained_ohem, tmp_path):

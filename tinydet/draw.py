@@ -159,11 +159,11 @@ def loss_curves(records, names, path, title="training loss", what="loss"):
 
 
 def measurements(points, names, path):
-    """Draw what was measured now and then while a net trained, one above the other. points: dicts with "step" and names; NaN is left out."""
+    """Draw what was measured now and then while a net trained, one above the other. points: dicts with "step" and names; None is left out."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(7, 2.6 * len(names)), dpi=110, layout="constrained")
     for axes, name in zip(figure.subplots(len(names), sharex=True, squeeze=False)[:, 0], names):
-        axes.plot([p["step"] for p in points], [p[name] for p in points], marker="o")
+        axes.plot([p["step"] for p in points], [np.nan if p[name] is None else p[name] for p in points], marker="o")
         axes.set(ylabel=name)
         axes.grid(alpha=0.3)
     axes.set(xlabel="step")
