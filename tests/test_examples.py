@@ -172,6 +172,14 @@ def test_ohem_leaves_everything_in_the_run_folder(voc, trained_ohem):
     assert json.loads((folder / "config.json").read_text())["sampler"] == "ohem"
 
 
+def call(program, *args):
+    """What an example program's main gives, in this process."""
+    program = module(program)
+    args = program.arguments(list(map(str, args)))
+    with tinydet.use(args.backend) as put:
+        return program.main(args, put)
+
+
 def test_ohem_without_any_region_to_watch_or_object_to_find(tmp_path, monkeypatch):
     """Training images whose proposals are of no use, evaluation images without objects: nothing to measure is null, not NaN."""
     program, empty = module("ohem"), np.zeros((0, 4))
@@ -213,12 +221,13 @@ def test_detect_with_weights_of_ohem(voc, trained_ohem, tmp_path):
     records = json.loads((cwd / "runs" / "o" / "detections.json").read_text())
     names = {r["image"] for r in records}
     assert names
-    told = json.loads(run("detect.py", "--weights", weights, "--json", *[p for p in pictures if p.stem in names], cwd=tmp_path).stdout)
+    told = call("detect", "--weights", weights, "--json", *[p for p in pictures if p.stem in names])
     assert sorted(told, key=str) == sorted(records, key=str)                    # the same windows, the same settings
     boxes = tmp_path / "boxes.json"
     boxes.write_text(json.dumps({pictures[0].stem: [[0, 0, 60, 60], [5, 5, 5, 5]]}))
-    run("detect.py", "--weights", weights, "--proposals", boxes, "--min-score", "0.01", pictures[0], cwd=tmp_path)
-    assert f"are missing: {pictures[1].stem}" in run("detect.py", "--weights", weights, "--proposals", boxes, *pictures[:2], cwd=tmp_path, code=1).stderr.replace("'", "")
+    call("detect", "--weights", weights, "--proposals", boxes, "--min-score", "0.01", "--json", pictures[0])
+    with pytest.raises(ValueError, match=f"are missing: '?{pictures[1].stem}"):
+        call("detect", "--weights", weights, "--proposals", boxes, "--json", *pictures[:2])
 
 
 @pytest.mark.parametrize("args, message", [
@@ -241,7 +250,7 @@ def module(program):
 
 def test_ap_loss_leaves_everything_in_the_run_folder_and_detects_again(voc, tmp_path):
     tiny = ["--data", voc, "--steps", "4", "--size", "64", "64", "--batch", "2", "--checkpoint-every", "2", "--measure-every", "2", "--name", "p"]
-    run("ap_loss.py", *tiny, cwd=tmp_path)
+    call("ap_loss", *tiny, "--out", tmp_path / "runs")
     folder = tmp_path / "runs" / "p"
     assert {p.name for p in folder.iterdir()} == {
         "config.json", "metrics.jsonl", "checkpoint.npz", "weights.npz", "results.json", "false_positives", "loss.png", "precision_recall.png", "detections.png",
@@ -252,7 +261,7 @@ def test_ap_loss_leaves_everything_in_the_run_folder_and_detects_again(voc, tmp_
     assert [p["step"] for p in json.loads((folder / "results.json").read_text())["curve"]] == [2, 4]
     records = json.loads((folder / "detections.json").read_text())
     pictures = [p for p in sorted((voc / "JPEGImages").iterdir()) if p.stem in {r["image"] for r in records}]
-    told = json.loads(run("detect.py", "--weights", folder / "weights.npz", "--json", *pictures, cwd=tmp_path).stdout)
+    told = call("detect", "--weights", folder / "weights.npz", "--json", *pictures)
     assert records and sorted(told, key=str) == sorted(records, key=str)
 
 
