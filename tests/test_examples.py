@@ -34,6 +34,19 @@ def run(program, *args, cwd, code=0):
     return done
 
 
+def killed_after_a_checkpoint(program, args, cwd, name):
+    """Kill a training program for good once its run has passed a checkpoint. Returns the run's folder."""
+    process = subprocess.Popen(command(program, *args), cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    folder, end = cwd / "runs" / name, time.time() + 200
+    while not (folder / "checkpoint.npz").exists():
+        assert process.poll() is None and time.time() < end
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (folder / "results.json").exists()
+    return folder
+
+
 @pytest.fixture(scope="module")
 def voc(tmp_path_factory):
     """A VOC folder of ten scenes: train has eight, val two."""
@@ -126,14 +139,7 @@ def test_the_log_is_that_of_the_settings(voc, trained, tmp_path, seed):
 def test_a_killed_run_resumes_to_the_same_bits(voc, trained, tmp_path):
     """Kill the process for good once it has passed a checkpoint; --resume must end with the weights of the undisturbed run."""
     args = ["--data", voc, "--name", "a", *TINY]
-    process = subprocess.Popen(command("overfeat.py", *args), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    folder, end = tmp_path / "runs" / "a", time.time() + 200
-    while not (folder / "checkpoint.npz").exists():
-        assert process.poll() is None and time.time() < end
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (folder / "results.json").exists()
+    folder = killed_after_a_checkpoint("overfeat.py", args, tmp_path, "a")
     run("overfeat.py", *args, "--resume", cwd=tmp_path)
     whole = trained[0] / "runs" / "a"
     for name in ("weights.npz", "checkpoint.npz"):
@@ -197,14 +203,7 @@ def test_ohem_without_any_region_to_watch_or_object_to_find(tmp_path, monkeypatc
 def test_a_killed_ohem_run_resumes_to_the_same_bits(voc, trained_ohem, tmp_path):
     """Killed between two measurements; the curve and the weights are those of the undisturbed run."""
     args = ["--data", voc, *TINY_OHEM]
-    process = subprocess.Popen(command("ohem.py", *args), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    folder, end = tmp_path / "runs" / "o", time.time() + 200
-    while not (folder / "checkpoint.npz").exists():
-        assert process.poll() is None and time.time() < end
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (folder / "results.json").exists()
+    folder = killed_after_a_checkpoint("ohem.py", args, tmp_path, "o")
     run("ohem.py", *args, "--also-iterate", "--resume", cwd=tmp_path)           # how it is evaluated may change
     whole = trained_ohem[0] / "runs" / "o"
     for name in ("metrics.jsonl", "curve.json", "detections.json", "detections_iterate.json"):

@@ -79,6 +79,15 @@ def scale(image, boxes, factor):
     return resize(image, boxes, *(max(1, math.floor(side * factor + 0.5)) for side in (W, H)))
 
 
+def in_corner(images, height, width, normalise, dtype):
+    """Images, uint8 (h, w, 3) of any sizes up to height x width, as one array (N, height, width, 3) of dtype: normalise(images) of each in the
+    upper left corner, the rest 0, which is the mean."""
+    x = np.zeros((len(images), height, width, 3), dtype)
+    for n, image in enumerate(images):
+        x[n, :image.shape[0], :image.shape[1]] = normalise(image[None])[0]
+    return x
+
+
 def short_side_factor(image, short, longest):
     """The factor that makes the short side `short`, or the long side `longest` if that one would, rounded, be longer (ohem notes, 1.1)."""
     H, W = image.shape[:2]

@@ -422,10 +422,7 @@ def training_image(spec, example, proposals, rng, mirror=True, jitter=0, most=No
 def batch(net, images):
     """Images of different sizes as one array for the net, normalised: in the upper left corner, the rest 0 (the mean); at least 32 pixels a side."""
     H, W = (max(32, *(image.shape[k] for image in images)) for k in (0, 1))
-    x = np.zeros((len(images), H, W, 3), net.dtype)
-    for n, image in enumerate(images):
-        x[n, :image.shape[0], :image.shape[1]] = net.normalise(image[None])[0]
-    return x
+    return augment.in_corner(images, H, W, net.normalise, net.dtype)
 
 
 @dataclasses.dataclass

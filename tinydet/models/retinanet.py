@@ -454,10 +454,7 @@ def batch(net, images, multiple=1):
     """Images (at least one) as one array for the net, normalised: in the upper left corner, the rest 0 (the mean); sides rounded
     up to a multiple."""
     H, W = (-(-max(image.shape[k] for image in images) // multiple) * multiple for k in (0, 1))
-    x = np.zeros((len(images), H, W, 3), net.dtype)
-    for n, image in enumerate(images):
-        x[n, :image.shape[0], :image.shape[1]] = net.normalise(image[None])[0]
-    return x
+    return augment.in_corner(images, H, W, net.normalise, net.dtype)
 
 
 @dataclasses.dataclass
