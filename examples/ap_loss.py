@@ -68,11 +68,12 @@ def main(args, put):
     mean, std = ((v,) * 3 for v in data.mean_std(examples))
     spec = retinanet.Spec(tuple(classes), args.table, side=args.side, **({} if args.pretrained else {"mean": mean, "std": std}))
     testing = retinanet.Testing(args.short, 2 * args.short, nms=args.nms, limit=args.limit)
-    run = train.Run(Path(args.out) / args.name, common.settings(args, "nms", "limit", "short"), args.resume)
     net = retinanet.RetinaNet(spec, np.random.default_rng(args.seed), pretrained=bool(args.pretrained))
     if args.pretrained:
         retinanet_weights.load_published(net, args.pretrained)
     net.to(put)
+    optimizer = optim.SGD(net, 0.9, args.weight_decay)
+    run = train.Run(Path(args.out) / args.name, common.settings(args, "nms", "limit", "short"), args.resume)
     height, width = args.size
     boxes = retinanet.anchors(spec, height, width)
     print(f"{len(examples)} training and {len(held_out)} evaluation images, {len(classes)} classes, {len(boxes)} anchors an image")
@@ -102,7 +103,6 @@ def main(args, put):
         detections = [retinanet.detect(net, e.image(), testing) for e in held_out]
         return detections, common.measure(run, i, detections, held_out, classes)
 
-    optimizer = optim.SGD(net, 0.9, args.weight_decay)
     train.fit(run, net, optimizer, optim.cosine_schedule(args.lr, args.steps, args.steps // 20), args.steps, step,
               args.checkpoint_every, prepare, args.workers)
 

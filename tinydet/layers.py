@@ -495,6 +495,13 @@ def fold(layer):
     return layer
 
 
+def named(parts, kind=Sequential, **options):
+    """A Sequential or Stages of parts, a mapping by the names that they go by (in params and arrays) in place of numbers."""
+    chain = kind(*parts.values(), **options)
+    chain.parts = dict(parts)
+    return chain
+
+
 def from_channels_first(arrays):
     """Published weights in this project's layout: conv (Cout, Cin, kh, kw) to (kh, kw, Cin, Cout), linear (Cout, Cin) to (Cin, Cout).
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from tinydet import augment, checks, weights
 from tinydet.backend import array_module, put, scalar, to_numpy
-from tinydet.layers import LRN, BatchNorm, Composite, Conv2D, Dropout, Flatten, Linear, MaxPool, ReLU, Sequential
+from tinydet.layers import LRN, BatchNorm, Composite, Conv2D, Dropout, Flatten, Linear, MaxPool, ReLU, named
 from tinydet.ops import assign, box_voting, boxes as box_ops, nms, ohem, roi_loss, roi_pool, softmax_loss
 
 # Trunks and heads, row by row: ("name", kernel, stride, pad, channels), LRN(...), MaxPool(...); then what the head has. The two published ones from
@@ -128,7 +128,7 @@ class FastRCNN(Composite):
         for k, hidden in enumerate(self.table.hidden, 6):
             head |= {f"fc{k}": Linear(width, hidden, rng=rng, dtype=dtype), f"relu{k}": ReLU(), f"drop{k}": Dropout(spec.dropout)}
             width = hidden
-        super().__init__(trunk=_named(trunk, input_grad=False), head=_named(head), classifier=Linear(width, K + 1, rng=rng, std=0.01, dtype=dtype),
+        super().__init__(trunk=named(trunk, input_grad=False), head=named(head), classifier=Linear(width, K + 1, rng=rng, std=0.01, dtype=dtype),
                          regressor=Linear(width, 4 * (K + 1), rng=rng, std=0.001, dtype=dtype))
 
     def normalise(self, images):
@@ -168,13 +168,6 @@ class FastRCNN(Composite):
         """Add the gradients of all parameters to `grads`; the image gets none."""
         trunk_cache, regions_cache = cache
         self.parts["trunk"].backward(self.backward_regions(dscores, ddeltas, regions_cache), trunk_cache)
-
-
-def _named(parts, **options):
-    """A Sequential whose parts have names of their own."""
-    chain = Sequential(*parts.values(), **options)
-    chain.parts = dict(parts)
-    return chain
 
 
 # Regions and what each must answer

@@ -13,7 +13,7 @@ import numpy as np
 
 from tinydet import augment, checks, weights
 from tinydet.backend import array_module, put, to_numpy
-from tinydet.layers import BatchNorm, Composite, Conv2D, MaxPool, ReLU, Residual, Sequential, Shared, Stages
+from tinydet.layers import BatchNorm, Composite, Conv2D, MaxPool, ReLU, Residual, Sequential, Shared, Stages, named
 from tinydet.ops import (add, ap_loss, assign, auc_loss, box_loss, boxes as box_ops, conv, focal_loss, logistic_loss, nms,
                          smooth_ap, sort, upsample)
 
@@ -125,7 +125,7 @@ class RetinaNet(Composite):
             hidden = {f"conv{k}": Conv2D(table.channels, table.channels, 3, pad=1, rng=rng, std=table.std, dtype=dtype, relu=True)
                       for k in range(1, table.depth + 1)}
             output = Conv2D(table.channels, spec.per_cell * out, 3, pad=1, rng=rng, std=std, dtype=dtype)
-            return Shared(_named(hidden | {"out": output}))
+            return Shared(named(hidden | {"out": output}))
 
         super().__init__(backbone=backbone, pyramid=Pyramid(widths, table.channels, table.top, rng, dtype, not table.blocks),
                          classifier=head(spec.background, 0.01), regressor=head(4, 0.001))
@@ -232,13 +232,6 @@ class PlainConv2D(Conv2D):
         return super().to(put)
 
 
-def _named(parts, kind=Sequential, **options):
-    """A Sequential or Stages whose parts have names of their own."""
-    chain = kind(*parts.values(), **options)
-    chain.parts = dict(parts)
-    return chain
-
-
 def _small(table, rng, dtype):
     """The small backbone and the channels of C3, C4, C5: each stage halves the map, those from C3 on have a second convolution.
     CHOICE."""
@@ -249,22 +242,22 @@ def _small(table, rng, dtype):
             layers += [Conv2D(Cin, C, 3, stride, 1, rng=rng, dtype=dtype, input_grad=k > 1), BatchNorm(C, dtype=dtype, relu=True)]
             Cin = C
         stages[f"C{k}"] = Sequential(*layers, input_grad=k > 1)
-    return _named(stages, Stages, input_grad=False), table.widths[2:]
+    return named(stages, Stages, input_grad=False), table.widths[2:]
 
 
 def _resnet(table, stride_first, rng, dtype):
     """A ResNet of bottlenecks without its last layer, and the channels of C3, C4, C5 (He et al., 1512.03385)."""
     C = table.widths[0]
     first = PlainConv2D(3, C, 7, 2, 3, rng=rng, dtype=dtype, input_grad=False)
-    stages = {"C1": _named({"conv1": first, "bn1": BatchNorm(C, dtype=dtype, relu=True)}, input_grad=False)}
+    stages = {"C1": named({"conv1": first, "bn1": BatchNorm(C, dtype=dtype, relu=True)}, input_grad=False)}
     for k, (width, count) in enumerate(zip(table.widths[1:], table.blocks), 2):
         blocks = [MaxPool(3, 2, 1)] * (k == 2)
         for b in range(count):
             blocks.append(_bottleneck(C, width, 2 if k > 2 and b == 0 else 1, stride_first, rng, dtype))
             C = 4 * width
         names = ["pool"] * (k == 2) + [str(b) for b in range(count)]
-        stages[f"C{k}"] = _named(dict(zip(names, blocks)))
-    return _named(stages, Stages, input_grad=False), tuple(4 * width for width in table.widths[2:])
+        stages[f"C{k}"] = named(dict(zip(names, blocks)))
+    return named(stages, Stages, input_grad=False), tuple(4 * width for width in table.widths[2:])
 
 
 def _bottleneck(Cin, width, stride, stride_first, rng, dtype):
@@ -274,10 +267,10 @@ def _bottleneck(Cin, width, stride, stride_first, rng, dtype):
         return {f"conv{k}": layer, f"bn{k}": BatchNorm(C, dtype=dtype, relu=relu)}
 
     first, second = (stride, 1) if stride_first else (1, stride)
-    branch = _named(pair(1, Cin, width, 1, first) | pair(2, width, width, 3, second) | pair(3, width, 4 * width, 1, relu=False))
+    branch = named(pair(1, Cin, width, 1, first) | pair(2, width, width, 3, second) | pair(3, width, 4 * width, 1, relu=False))
     plain = stride == 1 and Cin == 4 * width
-    shortcut = None if plain else _named(pair("", Cin, 4 * width, 1, stride, relu=False))
-    return _named({"sum": Residual(branch, shortcut), "relu": ReLU()})
+    shortcut = None if plain else named(pair("", Cin, 4 * width, 1, stride, relu=False))
+    return named({"sum": Residual(branch, shortcut), "relu": ReLU()})
 
 
 # Anchors, and what each must answer
