@@ -9,6 +9,11 @@ import tinydet                                                      # before num
 from tinydet import data, draw, evaluate, files, mistakes, scenes
 
 
+# What published weights want to see: mean and std of RGB pixels in 0..255, and whether the first convolution in the file sees BGR
+PIXELS = {"caffe": ((122.7717, 115.9465, 102.9801), (1.0, 1.0, 1.0), True),
+          "torchvision": (tuple(255 * v for v in (0.485, 0.456, 0.406)), tuple(255 * v for v in (0.229, 0.224, 0.225)), False)}
+
+
 def count(text):
     """A whole number of at least 1, for argparse."""
     if not text.isdigit() or int(text) < 1:

@@ -35,10 +35,6 @@ PRESETS = {"voc": VOC,
 
 EVALUATION = ("nms", "min_score", "limit", "iterate", "also_iterate", "test_short", "near")      # a finished run may change them
 
-# mean and std of RGB pixels; and whether the first convolution in the file sees BGR
-PIXELS = {"caffe": (fast_rcnn.Spec.mean, fast_rcnn.Spec.std, True),
-          "torchvision": (tuple(255 * v for v in (0.485, 0.456, 0.406)), tuple(255 * v for v in (0.229, 0.224, 0.225)), False)}
-
 
 def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -54,7 +50,7 @@ def arguments(argv=None):
     a("--accumulate", choices=fast_rcnn.ACCUMULATE, default="mean_of_means", help="how the images' losses add up (%(default)s)")
     a("--table", choices=fast_rcnn.TABLES, default="small", help="the net (%(default)s)")
     a("--pretrained", metavar="FILE", help="published weights, .npz or .safetensors, by name; their first layers do not train")
-    a("--pixels", choices=PIXELS, default="caffe", help="what pretrained weights want to see (%(default)s)")
+    a("--pixels", choices=common.PIXELS, default="caffe", help="what pretrained weights want to see (%(default)s)")
     a("--proposals", metavar="FILE", help="regions from a .mat or .json file (default: sliding windows)")
     a("--least", type=float, default=0.5, help="IoU that some window reaches with every object in range (%(default)s)")
     a("--share", type=float, default=0.98, help="of the training boxes' sizes and shapes that is in range (%(default)s)")
@@ -115,7 +111,7 @@ def regions_of(args, examples, held_out):
 
 def describe(args, examples, classes, regions):
     """The Spec: pixels as the pretrained net wants them, or normalised by the training images; boxes by --targets."""
-    mean, std = PIXELS[args.pixels][:2] if args.pretrained else ((v,) * 3 for v in data.mean_std(examples))
+    mean, std = common.PIXELS[args.pixels][:2] if args.pretrained else ((v,) * 3 for v in data.mean_std(examples))
     spec = fast_rcnn.Spec(tuple(classes), args.table, tuple(args.short), args.longest, args.dropout, mean, std, float_bins=args.float_bins)
     if args.targets == "fixed":
         return spec
@@ -134,7 +130,7 @@ def main(args, put):
     testing = fast_rcnn.Testing(tuple(args.test_short), args.longest, args.near, args.min_score, args.nms, args.limit, args.iterate)
     net = fast_rcnn.FastRCNN(spec, np.random.default_rng(args.seed), pretrained=bool(args.pretrained))
     if args.pretrained:
-        left = fast_rcnn_weights.load_published(net, args.pretrained, PIXELS[args.pixels][2])
+        left = fast_rcnn_weights.load_published(net, args.pretrained, common.PIXELS[args.pixels][2])
         print(f"weights from {args.pretrained}" + f", but for {', '.join(left)}" * bool(left))
     net.to(put)
     optimizer = optim.SGD(net, 0.9, args.weight_decay, form="caffe", rates=lambda name: args.bias_rate if name.endswith(".b") else 1.0)

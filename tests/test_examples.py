@@ -18,7 +18,9 @@ from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
 from tinydet import data, evaluate, files, optim, scenes
-from tinydet.models import fast_rcnn, overfeat
+from tinydet.models import fast_rcnn, overfeat, retinanet
+
+import test_retinanet_weights
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 TINY = ["--steps", "6", "--batch", "2", "--checkpoint-every", "2", "--window", "24"]
@@ -270,6 +272,26 @@ def test_bad_settings_of_ap_loss_are_said(tmp_path, args, message, capsys):
     with pytest.raises(SystemExit):
         module("ap_loss").arguments(args)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("pixels", ["caffe", "torchvision"])
+def test_ap_loss_takes_published_weights_of_either_kind(voc, tmp_path, monkeypatch, pixels):
+    """Colours, their order and the strides fit the file; what the paper freezes stays."""
+    monkeypatch.setitem(retinanet.TABLES, "resnet50", test_retinanet_weights.TINY)
+    arrays = test_retinanet_weights.published(np.float32)
+    np.savez(tmp_path / "resnet.npz", **arrays)
+    program = module("ap_loss")
+    args = program.arguments([str(v) for v in (
+        "--data", voc, "--table", "resnet50", "--pretrained", tmp_path / "resnet.npz", "--pixels", pixels, "--out", tmp_path,
+        "--steps", 1, "--batch", 2, "--size", 64, 64, "--lr", 1e-5)])
+    with tinydet.use("numba") as put:
+        program.main(args, put)
+    net, _ = retinanet.load(tmp_path / "ap_loss" / "weights.npz")
+    first, mean = arrays["conv1.weight"].transpose(2, 3, 1, 0), retinanet.Spec.mean
+    assert net.spec.stride_first is (pixels == "caffe") and net.spec.std == pytest.approx((1, 1, 1) if pixels == "caffe" else (58.395, 57.12, 57.375))
+    assert net.spec.mean == pytest.approx(mean if pixels == "caffe" else (123.675, 116.28, 103.53))
+    assert_array_equal(net.params["backbone.C1.conv1.w"], first[:, :, ::-1] if pixels == "caffe" else first)
+    assert_array_equal(net.parts["backbone"].arrays()["C2.0.sum.branch.bn1.mean"], arrays["layer1.0.bn1.running_mean"])
 
 
 @pytest.mark.parametrize("wrong, message", [
