@@ -7,12 +7,16 @@
     python examples/ap_loss.py --data VOC --table resnet50 --pretrained resnet50.npz --backend cuda
 
 What --loss ap puts in the gradient's place is the paper's update, no derivative of the loss. Everything goes to runs/<name>/: config.json,
-metrics.jsonl, curve.json (average precision while it trained), checkpoint.npz, weights.npz (for examples/detect.py), detections.json,
-results.json, loss.png, ranking.png (average precision of the training batch's ranking, whatever the loss), pull.png (gradient on positives and negatives),
-curve.png, precision_recall.png, detections.png, false_positives/. A run that was stopped goes on with --resume.
+metrics.jsonl, checkpoint.npz, weights.npz (for examples/detect.py), detections.json, results.json, loss.png, precision_recall.png,
+detections.png, false_positives/, and
+curve.json, curve.png   while it trained: average precision; ranking_ap, that of the training batches' ranking since the last point;
+                        pull_ratio, the gradient of the scores on negatives divided by that on positives (their sizes, summed)
+ranking.png, pull.png   the same of every step, whatever the loss
+A run that was stopped goes on with --resume.
 """
 import argparse
 import dataclasses
+import math
 import time
 from pathlib import Path
 
@@ -63,6 +67,11 @@ def arguments(argv=None):
     return args
 
 
+def pull_ratios(records):
+    """ln(pull on negatives / pull on positives) of the steps that have both: 0 is balance."""
+    return [math.log(r["pull_negative"] / r["pull_positive"]) for r in records if min(r["pull_negative"], r["pull_positive"]) > 0]
+
+
 def main(args, put):
     start = time.perf_counter()
     draw.require()
@@ -103,18 +112,22 @@ def main(args, put):
 
     def measure(i):
         detections = [retinanet.detect(net, e.image(), testing) for e in held_out]
-        return detections, common.measure(run, i, detections, held_out, classes)
+        since = [r for r in run.metrics() if (i - 1) // args.measure_every * args.measure_every < r["step"] <= i]
+        return detections, common.measure(run, i, detections, held_out, classes, ranking_ap=sum(r["ranking_ap"] for r in since) / len(since),
+                                          pull_ratio=math.exp(np.mean(pull_ratios(since))) if pull_ratios(since) else float("nan"))
 
     train.fit(run, net, optimizer, optim.cosine_schedule(args.lr, args.steps, args.steps // 20), args.steps, step,
               args.checkpoint_every, prepare, args.workers)
 
     detections, curve = measure(args.steps)
-    draw.measurements(curve, ("mean AP50",), run.folder / "curve.png")
+    draw.measurements(curve, ("mean AP50", "ranking_ap", "pull_ratio"), run.folder / "curve.png")
     draw.loss_curves(run.metrics(), ("ranking_ap",), run.folder / "ranking.png", "ranking of the training batch", "average precision")
     draw.loss_curves(run.metrics(), ("pull_positive", "pull_negative"), run.folder / "pull.png", "gradient of the scores, summed by label", "sum of sizes")
+    ratios = pull_ratios(run.metrics())
     return common.finish(run, args, detections, held_out, classes, ("loss", "class_loss", "box_loss"),
                          lambda path, cut: retinanet.save(net, path, {"testing": dataclasses.asdict(testing), "cut": cut}),
-                         testing=dataclasses.asdict(testing), curve=curve, seconds=None if args.resume else round(time.perf_counter() - start))
+                         testing=dataclasses.asdict(testing), curve=curve,
+                         imbalance=float(np.mean(np.abs(ratios))) if ratios else None, seconds=None if args.resume else round(time.perf_counter() - start))
 
 
 if __name__ == "__main__":

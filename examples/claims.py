@@ -11,6 +11,7 @@ ARMS      {arm: its options}; they come after those of the data set, and win
 ON        {data set: the arms that run on it}
 CLAIMS    a list of dicts, the fields of Claim below
 QUICK     options that --quick appends
+CURVES    optional {key of a point of "curve": label}, drawn beside AP50's
 BENCH     optional {name: [program, options]}, run alone after all others; QUICK_BENCH: options that --quick appends
 
 The program takes --data, --seed, --name, --out, --resume and --backend, keeps its run in <out>/<name> (train.Run), and writes there
@@ -18,7 +19,7 @@ detections.json (all detections on the evaluation set, as examples/detect.py giv
 class, "mean AP50", "curve" (a list of {"step", "mean AP50", ...}), "seconds". A second evaluation of the same net lies under
 results["also"][variant] and in detections_<variant>.json; claims call it "arm@variant". A program of BENCH takes --json and
 --backend. A command that was stopped goes on when it is given again. Everything goes to <out>/<paper> (--quick: <paper>-quick):
-<run>/, <run>.json (its arguments), <run>.log, claims.json, curves_<data set>.png, all_loss_<data set>.png.
+<run>/, <run>.json (its arguments), <run>.log, claims.json, curves_<data set>.png, and <key>_<data set>.png for each of CURVES.
 """
 import argparse
 import collections
@@ -519,9 +520,10 @@ def shown(value, scale, form):
 
 
 def pictures(found, table, folder):
-    """Draw the mean curves of each data set: AP50 and, where the runs have it, the mean loss over all regions."""
+    """Draw the mean curves of each data set: AP50 and, where the runs have them, those of the table's CURVES."""
+    drawn = {"mean AP50": ("mean AP50", "curves"), **{key: (label, key) for key, label in getattr(table, "CURVES", {}).items()}}
     for name, arms in found["arms"].items():
-        for metric, label, stem in (("mean AP50", "mean AP50", "curves"), ("all_loss", "mean loss over all regions", "all_loss")):
+        for metric, (label, stem) in drawn.items():
             curves = {arm: [(r["step"], r[metric]) for r in a["curve"] if r.get(metric) is not None] for arm, a in arms.items()}
             if any(curves.values()):
                 figure, axes = draw.plot("step", label, f"{found['paper']}, {name}: mean over the seeds")

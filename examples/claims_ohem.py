@@ -24,6 +24,8 @@ ARMS = {"random": ["--sampler", "random"],
 
 ON = {"bccd": list(ARMS), "apple-orchard": ["random", "ohem"]}
 
+CURVES = {"all_loss": "mean loss over all regions"}
+
 QUICK = ["--steps", "4", "--measure-every", "2"]
 
 BENCH = {"cost": ["bench_ohem.py"], "cost, VGG_M": ["bench_ohem.py", "--table", "VGG_CNN_M_1024", "--short", "300", "--regions", "1000",

@@ -60,6 +60,7 @@ PROGRAM = "toy.py"
 DATA = {"discs": ["--steps", "8"]}
 ARMS = {"good": ["--gain", "0.9"], "Bad, N=1": ["--gain", "0.3"], "same": ["--gain", "0.9"]}
 ON = {"discs": list(ARMS)}
+CURVES = {"all_loss": "mean loss"}
 QUICK = ["--steps", "4"]
 BENCH = {"cost": ["bench.py"]}
 CLAIMS = [dict(text="good is better", paper="2 against 1", data="discs", better="good", worse="Bad, N=1"),

@@ -259,7 +259,10 @@ def test_ap_loss_leaves_everything_in_the_run_folder_and_detects_again(voc, tmp_
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         r = json.loads(line)
         assert 0 <= r["ranking_ap"] <= 1 and r["pull_positive"] == pytest.approx(r["class_loss"], rel=1e-4) == pytest.approx(r["pull_negative"], rel=1e-4)
-    assert [p["step"] for p in json.loads((folder / "results.json").read_text())["curve"]] == [2, 4]
+    result, steps = json.loads((folder / "results.json").read_text()), [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert result["imbalance"] < 1e-4 and [p["step"] for p in result["curve"]] == [2, 4]
+    for p, of in zip(result["curve"], (steps[:2], steps[2:])):
+        assert p["pull_ratio"] == pytest.approx(1, rel=1e-4) and p["ranking_ap"] == pytest.approx(np.mean([r["ranking_ap"] for r in of]))
     records = json.loads((folder / "detections.json").read_text())
     pictures = [p for p in sorted((voc / "JPEGImages").iterdir()) if p.stem in {r["image"] for r in records}]
     told = call("detect", "--weights", folder / "weights.npz", "--json", *pictures)
