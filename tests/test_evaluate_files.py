@@ -89,6 +89,20 @@ def test_voc_ties_go_by_the_order_of_the_file(tmp_path):
         assert list(voc_files(folder, "test", folder / "dt.json")["x"].precision) == precision
 
 
+def test_voc_images_left_out_do_not_count(tmp_path, capsys):
+    box, box2 = ("x", 11, 11, 30, 30, 0), ("x", 51, 11, 70, 30, 0)
+    folder = voc_folder(tmp_path, {"test": {"a": [box], "b": [box], "c": [box, box2]}})
+    rows = [record("c", .9, 11, 11, 30, 30), record("b", .8, 71, 71, 90, 90), record("a", .7, 11, 11, 30, 30), record("c", .6, 51, 11, 70, 30)]
+    (folder / "dt.json").write_text(json.dumps(rows))
+    args = "--voc", folder, "--set", "test", folder / "dt.json"
+    assert evaluate(*args, out=folder / "out.json")["mAP"] == pytest.approx((1 + 3 / 4 + 3 / 4) / 4)
+    assert evaluate(*args, "--leave-out", "b", out=folder / "out.json")["mAP"] == 1
+    assert evaluate(*args, "--leave-out", "c", "a", out=folder / "out.json")["mAP"] == 0
+    assert voc_files(folder, "test", folder / "dt.json", leave_out=["c"])["x"].positives == 2
+    with pytest.raises(ValueError, match="voc_files: leave_out must be images of the set test, got 'd'"):
+        evaluate(*args, "--leave-out", "a", "d")
+
+
 def test_voc_nothing_found_and_nothing_to_find(f9):
     (f9 / "none.json").write_text("[]")
     assert evaluate("--voc", f9, "--set", "test", f9 / "none.json", out=f9 / "out.json") == {
@@ -206,6 +220,7 @@ def test_voc_detections_are_checked(f9, change, message):
     (["--coco", "gt.json", "dt.json", "--metric", "all"], "belong to --voc"),
     (["--coco", "gt.json", "dt.json", "--iou", "0.5"], "belong to --voc"),
     (["--coco", "gt.json", "dt.json", "--strict"], "belong to --voc"),
+    (["--coco", "gt.json", "dt.json", "--leave-out", "a"], "belong to --voc"),
     (["--voc", "folder", "--set", "test", "dt.json", "--metric", "12"], "invalid choice"),
     (["--voc", "folder", "--set", "test", "dt.json", "--iou", "half"], "invalid float"),
     *((["--voc", "folder", "--set", "test", "dt.json", "--iou", iou], "--iou must lie in 0..1, above 0")

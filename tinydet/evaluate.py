@@ -138,13 +138,15 @@ def table(results, iou=0.5):
 
 # The command line
 
-def voc_files(folder, split, path, iou=0.5, eleven_point=False, strict=False):
+def voc_files(folder, split, path, iou=0.5, eleven_point=False, strict=False, leave_out=()):
     """voc() for an image set of a VOC folder and a detection file: {class name: ClassResult}, classes in alphabetical order.
 
     The objects are those of the annotation files as they stand: none is cut at the border or dropped, and no image is opened
     (data.read_voc, for training, does both). Classes are those of all annotations of the folder, so one without objects in the
     set is there, with AP NaN. Ties of scores go by the order of the file. All as in the VOC devkit.
-    Raises what data.read_voc raises of the annotations, and what coco.named_results raises.
+    leave_out: images of the set that do not count, nor do the detections in them: what wrong annotations cost.
+    Raises what data.read_voc raises of the annotations, what coco.named_results raises, and ValueError for a leave_out not in the
+    set.
     """
     truth = voc_folder.truth(folder, split)
     classes = sorted(voc_folder.class_names(folder) | {label for _, objects in truth for _, label, _ in objects})
@@ -152,6 +154,10 @@ def voc_files(folder, split, path, iou=0.5, eleven_point=False, strict=False):
                              np.array([classes.index(label) for _, label, _ in objects], np.int64),
                              np.array([difficult for *_, difficult in objects], bool)) for name, objects in truth]
     detections, places = named_results(path, [name for name, _ in truth], classes)
+    if unknown := sorted(set(leave_out) - {name for name, _ in truth}):
+        raise ValueError(f"evaluate.voc_files: leave_out must be images of the set {split}, got {unknown[0]!r}")
+    counted = [i for i, e in enumerate(examples) if e.name not in leave_out]
+    detections, examples, places = ([values[i] for i in counted] for values in (detections, examples, places))
     return voc(detections, examples, classes, iou, eleven_point, strict, places)
 
 
@@ -166,14 +172,15 @@ def arguments(argv=None):
     a("--metric", choices=["all", "11"], help="VOC: area under the curve (all, the default), or 11 recall levels (VOC 2007)")
     a("--iou", type=float, help="VOC: least IoU of a match (0.5)")
     a("--strict", action="store_true", help="VOC: a match needs IoU > --iou, not >=")
+    a("--leave-out", nargs="+", metavar="IMAGE", help="VOC: images of the set that do not count")
     a("--json", metavar="OUT", help="also write the figures here")
     args = parser.parse_args(argv)
     if (args.coco is None) == (args.voc is None):
         parser.error("give one of --coco GT.json and --voc FOLDER")
     if args.voc is not None and args.set is None:
         parser.error("--voc needs --set, an image set of the folder")
-    if args.coco is not None and (args.set or args.metric or args.iou is not None or args.strict):
-        parser.error("--set, --metric, --iou and --strict belong to --voc")
+    if args.coco is not None and (args.set or args.metric or args.iou is not None or args.strict or args.leave_out):
+        parser.error("--set, --metric, --iou, --strict and --leave-out belong to --voc")
     args.iou = 0.5 if args.iou is None else args.iou
     if not 0 < args.iou <= 1:
         parser.error(f"--iou must lie in 0..1, above 0, got {args.iou:g}")
@@ -188,7 +195,7 @@ def main(args):
         found = coco(truth, results(args.detections, truth))
         lines, figures = found.table(), found.numbers()
     else:
-        found = voc_files(args.voc, args.set, args.detections, args.iou, args.metric == "11", args.strict)
+        found = voc_files(args.voc, args.set, args.detections, args.iou, args.metric == "11", args.strict, args.leave_out or ())
         lines, means = table(found, args.iou), summary(found)
         figures = {"mAP": means["mean AP50"], "AP": means["AP50"]}    # at --iou, whatever it is
     print("\n".join(lines))
