@@ -4,7 +4,7 @@
     python examples/ap_loss.py                                      # embedded scenes
     python examples/ap_loss.py --loss focal                         # the same net and schedule, another loss
     python examples/ap_loss.py --data FOLDER --name cells           # train on its split "train", evaluate on "val"
-    python examples/ap_loss.py --data VOC --table resnet50 --pretrained resnet50.npz --backend cuda
+    python examples/ap_loss.py --preset voc --data VOC --pretrained resnet50.npz --backend cuda
 
 What --loss ap puts in the gradient's place is the paper's update, no derivative of the loss. Everything goes to runs/<name>/: config.json,
 metrics.jsonl, checkpoint.npz, weights.npz (for examples/detect.py), detections.json, results.json, loss.png, precision_recall.png,
@@ -30,10 +30,18 @@ from tinydet.ops import ap_loss
 from tinydet.summary import summary
 
 
+# The papers' settings (notes, sec. 5); steps are their epochs: of 16,551 images (07+12 trainval) and of COCO's 117,266 with objects. Their
+# crops may have a least overlap of 0.1, 0.3, 0.7 or 0.9; augment.CROPS has SSD's
+VOC = {"table": "resnet50", "size": [512, 512], "short": 500, "batch": 16, "lr": 0.001, "steps": 165510, "decay_at": [113788, 144821], "warmup": 500,
+       "weight_decay": 1e-4, "nms": 0.5, "limit": 100, "train_set": "trainval", "eval_set": "test"}
+PRESETS = {"voc": VOC, "coco": {**VOC, "steps": 732912, "decay_at": [439748, 586330], "train_set": "train2017", "eval_set": "val2017"}}
+
+
 def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a = parser.add_argument
     common.add_arguments(parser, "ap_loss")
+    a("--preset", choices=PRESETS, help="the papers' settings; those given beside it win")
     a("--loss", choices=retinanet.LOSSES, default="ap", help="of the classes (%(default)s)")
     a("--delta", type=float, default=1.0, help="half width of AP-loss's step (%(default)s)")
     a("--plain", action="store_true", help="AP-loss without interpolation")
@@ -50,18 +58,28 @@ def arguments(argv=None):
     a("--steps", type=common.count, help="training steps (scenes 800, folders 1500)")
     a("--batch", type=common.count, default=8, help="images a step (%(default)s)")
     a("--lr", type=float, default=0.02, help="largest learning rate (%(default)s)")
+    a("--decay-at", type=common.count, nargs="+", metavar="STEP", help="the rate falls to a tenth at these steps (default: along a cosine)")
+    a("--warmup", type=common.count, metavar="STEPS", help="in which the rate rises (default: a twentieth of the steps)")
     a("--weight-decay", type=float, default=1e-4, help="(%(default)s)")
     a("--nms", type=float, default=0.5, help="IoU of a class's detections above which the weaker goes (%(default)s)")
     a("--limit", type=common.count, default=300, help="detections of an image (%(default)s)")
     a("--measure-every", type=common.count, metavar="STEPS", help="average precision (default: a fifth of the steps)")
+    chosen = parser.parse_args(argv)
+    if chosen.preset:
+        parser.set_defaults(**PRESETS[chosen.preset])
     args = parser.parse_args(argv)
     args.steps = args.steps or (1500 if args.data else 800)
     args.size = args.size or ([384, 512] if args.data else [128, 128])
     args.short = args.short or min(args.size)
+    args.warmup = args.warmup or args.steps // 20
     args.measure_every = args.measure_every or -(-args.steps // 5)
     common.check(parser, args)
     if not 0 <= args.nms <= 1:
         parser.error(f"--nms must lie in [0, 1], got {args.nms}")
+    if args.preset and not (args.data and args.pretrained):
+        parser.error(f"--preset {args.preset} needs --data and --pretrained")
+    if args.warmup >= args.steps:
+        parser.error(f"--warmup must be less than --steps {args.steps}, got {args.warmup}")
     if (args.plain or args.delta != 1) and args.loss != "ap":
         parser.error(f"--plain and --delta are settings of --loss ap, got --loss {args.loss}")
     return args
@@ -116,8 +134,9 @@ def main(args, put):
         return detections, common.measure(run, i, detections, held_out, classes, ranking_ap=sum(r["ranking_ap"] for r in since) / len(since),
                                           pull_ratio=math.exp(np.mean(pull_ratios(since))) if pull_ratios(since) else float("nan"))
 
-    train.fit(run, net, optimizer, optim.cosine_schedule(args.lr, args.steps, args.steps // 20), args.steps, step,
-              args.checkpoint_every, prepare, args.workers)
+    schedule = (optim.step_schedule(args.lr, args.decay_at, 0.1, args.warmup) if args.decay_at
+                else optim.cosine_schedule(args.lr, args.steps, args.warmup))
+    train.fit(run, net, optimizer, schedule, args.steps, step, args.checkpoint_every, prepare, args.workers)
 
     detections, curve = measure(args.steps)
     draw.measurements(curve, ("mean AP50", "ranking_ap", "pull_ratio"), run.folder / "curve.png")

@@ -270,6 +270,8 @@ def test_ap_loss_leaves_everything_in_the_run_folder_and_detects_again(voc, tmp_
 
 
 @pytest.mark.parametrize("args, message", [
+    (["--preset", "voc", "--data", "d"], "--preset voc needs --data and --pretrained"),
+    (["--steps", "10", "--warmup", "10"], "--warmup must be less than --steps 10, got 10"),
     (["--loss", "focal", "--delta", "0.5"], "--plain and --delta are settings of --loss ap"), (["--nms", "2"], "--nms must lie in"), (["--size", "64"], "expected 2")])
 def test_bad_settings_of_ap_loss_are_said(tmp_path, args, message, capsys):
     with pytest.raises(SystemExit):
@@ -285,8 +287,10 @@ def test_ap_loss_takes_published_weights_of_either_kind(voc, tmp_path, monkeypat
     np.savez(tmp_path / "resnet.npz", **arrays)
     program = module("ap_loss")
     args = program.arguments([str(v) for v in (
-        "--data", voc, "--table", "resnet50", "--pretrained", tmp_path / "resnet.npz", "--pixels", pixels, "--out", tmp_path,
-        "--steps", 1, "--batch", 2, "--size", 64, 64, "--lr", 1e-5)])
+        "--preset", "voc", "--data", voc, "--pretrained", tmp_path / "resnet.npz", "--pixels", pixels, "--out", tmp_path, "--train-set", "train", "--eval-set",
+        "val", "--steps", 3, "--warmup", 2, "--decay-at", 2, "--batch", 2, "--size", 64, 64, "--lr", 3e-5)])
+    assert (args.short, args.weight_decay, args.nms, args.limit, args.loss, args.side) == (500, 1e-4, 0.5, 100, "ap", 4)
+    args.short = 64
     with tinydet.use("numba") as put:
         program.main(args, put)
     net, _ = retinanet.load(tmp_path / "ap_loss" / "weights.npz")
@@ -294,6 +298,8 @@ def test_ap_loss_takes_published_weights_of_either_kind(voc, tmp_path, monkeypat
     assert net.spec.stride_first is (pixels == "caffe") and net.spec.std == pytest.approx((1, 1, 1) if pixels == "caffe" else (58.395, 57.12, 57.375))
     assert net.spec.mean == pytest.approx(mean if pixels == "caffe" else (123.675, 116.28, 103.53))
     assert_array_equal(net.params["backbone.C1.conv1.w"], first[:, :, ::-1] if pixels == "caffe" else first)
+    rates = [json.loads(line)["lr"] for line in (tmp_path / "ap_loss" / "metrics.jsonl").read_text().splitlines()]
+    assert_allclose(rates, [1e-5, 2e-5, 3e-6])
     assert_array_equal(net.parts["backbone"].arrays()["C2.0.sum.branch.bn1.mean"], arrays["layer1.0.bn1.running_mean"])
 
 

@@ -523,6 +523,15 @@ def test_the_schedule_of_overfeat(epoch, lr):
     assert step_schedule(5e-2, (30, 50, 60, 70, 80), 0.5)(epoch) == lr
 
 
+def test_step_schedule_with_warm_up():
+    at = step_schedule(0.3, (7, 9), 0.1, warmup=5)
+    assert_allclose([at(t) for t in range(11)], [0.1, 0.14, 0.18, 0.22, 0.26, 0.3, 0.3, 0.03, 0.03, 0.003, 0.003], rtol=1e-12)
+    assert step_schedule(0.3, (2,), 0.5, 4, 0.0)(3) == pytest.approx(0.3 * 0.5 * 3 / 4)
+    for warmup, first in ((-1, 0.5), (3, 1.5)):
+        with pytest.raises(ValueError, match=rf"^optim\.step_schedule: warmup must .* got {warmup}, {first}"):
+            step_schedule(0.1, (), 0.1, warmup, first)
+
+
 def test_cosine_schedule():
     at = cosine_schedule(0.4, 100, warmup=4)
     assert_allclose([at(t) for t in range(5)], [0.1, 0.2, 0.3, 0.4, 0.4], rtol=1e-12)

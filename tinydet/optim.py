@@ -214,12 +214,15 @@ def _refuse(op, grads):
             raise FloatingPointError(f"{op}: the gradient of {name} is {wrong}: lower the learning rate or check the data")
 
 
-def step_schedule(lr, at, factor):
+def step_schedule(lr, at, factor, warmup=0, first=1 / 3):
     """Function of the time t (step or epoch): lr * factor^k, k = number of entries of `at` that are <= t.
 
-    OverFeat (sec. 3.1): step_schedule(5e-2, (30, 50, 60, 70, 80), 0.5) over epochs.
+    For t < warmup that times first + (1 - first) * t / warmup. OverFeat (sec. 3.1): step_schedule(5e-2, (30, 50, 60, 70, 80), 0.5)
+    over epochs; AP-loss (notes, sec. 5): warmup 500 steps. Raises ValueError unless warmup >= 0 and first lies in [0, 1].
     """
-    return lambda t: lr * factor ** sum(t >= a for a in at)
+    if not (warmup >= 0 and 0 <= first <= 1):
+        raise ValueError(f"optim.step_schedule: warmup must not be negative and first lie in [0, 1], got {warmup}, {first}")
+    return lambda t: lr * factor ** sum(t >= a for a in at) * (first + (1 - first) * t / warmup if t < warmup else 1)
 
 
 def cosine_schedule(lr, steps, warmup=0):
