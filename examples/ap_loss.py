@@ -33,7 +33,7 @@ from tinydet.summary import summary
 # The papers' settings (notes, sec. 5); steps are their epochs: of 16,551 images (07+12 trainval) and of COCO's 117,266 with objects. Their
 # crops may have a least overlap of 0.1, 0.3, 0.7 or 0.9; augment.CROPS has SSD's
 VOC = {"table": "resnet50", "size": [512, 512], "short": 500, "batch": 16, "lr": 0.001, "steps": 165510, "decay_at": [113788, 144821], "warmup": 500,
-       "weight_decay": 1e-4, "nms": 0.5, "limit": 100, "train_set": "trainval", "eval_set": "test"}
+       "clip": 0, "views": "ssd", "side": 4.0, "weight_decay": 1e-4, "nms": 0.5, "limit": 100, "train_set": "trainval", "eval_set": "test"}
 PRESETS = {"voc": VOC, "coco": {**VOC, "steps": 732912, "decay_at": [439748, 586330], "train_set": "train2017", "eval_set": "val2017"}}
 
 
@@ -51,15 +51,17 @@ def arguments(argv=None):
     a("--pretrained", metavar="FILE", help="a ResNet's published weights, .npz or .safetensors, by name; its first layers and batch norms stay")
     a("--pixels", choices=common.PIXELS, default="caffe",
       help="whose those weights are: caffe (MSRA's; strides in a block's first convolution), torchvision (%(default)s)")
-    a("--side", type=float, default=4.0, help="of the smallest anchors of a level, in strides (%(default)s)")
-    a("--size", type=common.count, nargs=2, metavar=("HEIGHT", "WIDTH"), help="training images in pixels (scenes 128 128, folders 384 512)")
+    a("--side", type=float, default=2.5, help="of the smallest anchors of a level, in strides (%(default)s; the papers: 4)")
+    a("--size", type=common.count, nargs=2, metavar=("HEIGHT", "WIDTH"), help="training images in pixels (scenes 128 128, folders 240 320)")
     a("--short", type=common.count, help="short side of a tested image (default: the smaller of --size)")
-    a("--no-crops", action="store_true", help="training images are mirrored, no more: without SSD's colours, expansion and crops")
+    a("--views", choices=retinanet.VIEWS, default="crop", help="of training images: SSD's colours, expansion and crops; crops and mirrored; mirrored (%(default)s)")
+    a("--upside-down", action="store_true", help="also mirrored top to bottom: for images without an up, such as a microscope's")
     a("--steps", type=common.count, help="training steps (scenes 800, folders 1500)")
     a("--batch", type=common.count, default=8, help="images a step (%(default)s)")
-    a("--lr", type=float, default=0.02, help="largest learning rate (%(default)s)")
+    a("--lr", type=float, default=0.1, help="largest learning rate (%(default)s)")
     a("--decay-at", type=common.count, nargs="+", metavar="STEP", help="the rate falls to a tenth at these steps (default: along a cosine)")
     a("--warmup", type=common.count, metavar="STEPS", help="in which the rate rises (default: a twentieth of the steps)")
+    a("--clip", type=float, default=1.0, help="limit of the norm of all gradients together; 0: none (%(default)s, CHOICE; the papers: none)")
     a("--weight-decay", type=float, default=1e-4, help="(%(default)s)")
     a("--nms", type=float, default=0.5, help="IoU of a class's detections above which the weaker goes (%(default)s)")
     a("--limit", type=common.count, default=300, help="detections of an image (%(default)s)")
@@ -69,7 +71,7 @@ def arguments(argv=None):
         parser.set_defaults(**PRESETS[chosen.preset])
     args = parser.parse_args(argv)
     args.steps = args.steps or (1500 if args.data else 800)
-    args.size = args.size or ([384, 512] if args.data else [128, 128])
+    args.size = args.size or ([240, 320] if args.data else [128, 128])
     args.short = args.short or min(args.size)
     args.warmup = args.warmup or args.steps // 20
     args.measure_every = args.measure_every or -(-args.steps // 5)
@@ -78,6 +80,8 @@ def arguments(argv=None):
         parser.error(f"--nms must lie in [0, 1], got {args.nms}")
     if args.preset and not (args.data and args.pretrained):
         parser.error(f"--preset {args.preset} needs --data and --pretrained")
+    if not 0 <= args.clip < math.inf:
+        parser.error(f"--clip must be finite and not negative, got {args.clip}")
     if args.warmup >= args.steps:
         parser.error(f"--warmup must be less than --steps {args.steps}, got {args.warmup}")
     if (args.plain or args.delta != 1) and args.loss != "ap":
@@ -101,7 +105,7 @@ def main(args, put):
     if args.pretrained:
         retinanet_weights.load_published(net, args.pretrained, common.PIXELS[args.pixels][2])
     net.to(put)
-    optimizer = optim.SGD(net, 0.9, args.weight_decay)
+    optimizer = optim.SGD(net, 0.9, args.weight_decay, clip=args.clip or None)
     run = train.Run(Path(args.out) / args.name, common.settings(args, "nms", "limit", "short"), args.resume)
     height, width = args.size
     boxes = retinanet.anchors(spec, height, width)
@@ -112,7 +116,7 @@ def main(args, put):
 
     def prepare(i):
         rng = np.random.default_rng([args.seed, i])
-        views = [retinanet.training_view(spec, examples[j], rng, height, width, not args.no_crops, axes=axes)
+        views = [retinanet.training_view(spec, examples[j], rng, height, width, args.views, args.upside_down, axes=axes)
                  for j in rng.choice(len(examples), args.batch, replace=len(examples) < args.batch)]
         return net.normalise(np.stack([v[0] for v in views])), [retinanet.label(spec, boxes, *v[1:]) for v in views]
 

@@ -64,6 +64,43 @@ def test_random_flip():
     assert augment.random_flip(image, boxes, Script(random=[0.2]), p=0.2)[0] is image
 
 
+def test_random_flip_upside_down():
+    image, boxes = places(5, 2), np.array([[0, 0, 2, 1], [1.5, 0.25, 5, 2]])
+    flipped, moved = augment.random_flip(image, boxes, Script(random=[0.49]), upside_down=True)
+    assert_array_equal(flipped, image[::-1])
+    assert_array_equal(moved, [[0, 1, 2, 2], [1.5, 0, 5, 1.75]])
+    same, there = augment.random_flip(image, boxes, Script(random=[0.5]), upside_down=True)
+    assert same is image and there is boxes
+
+
+@given(samples(), seeds, st.sampled_from([0.01, 0.5, 1]))
+def test_random_crop_keeps_the_shape_of_the_image(sample, seed, least):
+    image, boxes, _ = sample
+    part, moved, kept = augment.random_crop(image, boxes, np.random.default_rng(seed), least)
+    (h, w), (H, W) = part.shape[:2], image.shape[:2]
+    assert max(1, int(least * W)) <= w <= W and max(1, int(least * H)) <= h <= H and abs(h / H - w / W) <= 1 / min(H, W)
+    assert inside(moved, w, h) and len(kept) == len(moved)
+    corners = {tuple(c) for c in np.argwhere((image == part[0, 0]).all(2))}
+    assert any(np.array_equal(image[y:y + h, x:x + w], part) for y, x in corners)
+    if least == 1:
+        assert_array_equal(part, image)
+
+
+def test_random_crop_chooses_evenly_and_names_what_is_wrong():
+    image, found = places(6, 4), []
+    for seed in range(900):
+        part, _, _ = augment.random_crop(image, np.zeros((0, 4)), np.random.default_rng(seed), 0.5)
+        found.append((part.shape[:2], tuple(part[0, 0])))
+    for shape, count in (((2, 3), 12), ((2, 4), 9), ((3, 4), 6), ((3, 5), 4)):
+        corners = [c for s, c in found if s == shape]
+        assert len(set(corners)) == count
+    shapes = [s for s, _ in found]
+    assert all(abs(shapes.count(s) / 900 - p) < 0.06 for s, p in (((2, 3), 1 / 3), ((2, 4), 1 / 6), ((3, 4), 1 / 6), ((3, 5), 1 / 3)))
+    for least in (0, 1.1, np.nan):
+        with pytest.raises(ValueError, match=r"^augment\.random_crop: least must lie in \(0, 1\], got"):
+            augment.random_crop(image, np.zeros((0, 4)), np.random.default_rng(0), least)
+
+
 @given(samples(), st.integers(1, 90), st.integers(1, 90))
 def test_resize_maps_the_image_onto_the_new_one(sample, width, height):
     image, boxes, _ = sample

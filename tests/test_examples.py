@@ -271,6 +271,7 @@ def test_ap_loss_leaves_everything_in_the_run_folder_and_detects_again(voc, tmp_
 
 @pytest.mark.parametrize("args, message", [
     (["--preset", "voc", "--data", "d"], "--preset voc needs --data and --pretrained"),
+    (["--clip", "-1"], "--clip must be finite and not negative, got -1.0"),
     (["--steps", "10", "--warmup", "10"], "--warmup must be less than --steps 10, got 10"),
     (["--loss", "focal", "--delta", "0.5"], "--plain and --delta are settings of --loss ap"), (["--nms", "2"], "--nms must lie in"), (["--size", "64"], "expected 2")])
 def test_bad_settings_of_ap_loss_are_said(tmp_path, args, message, capsys):
@@ -289,7 +290,8 @@ def test_ap_loss_takes_published_weights_of_either_kind(voc, tmp_path, monkeypat
     args = program.arguments([str(v) for v in (
         "--preset", "voc", "--data", voc, "--pretrained", tmp_path / "resnet.npz", "--pixels", pixels, "--out", tmp_path, "--train-set", "train", "--eval-set",
         "val", "--steps", 3, "--warmup", 2, "--decay-at", 2, "--batch", 2, "--size", 64, 64, "--lr", 3e-5)])
-    assert (args.short, args.weight_decay, args.nms, args.limit, args.loss, args.side) == (500, 1e-4, 0.5, 100, "ap", 4)
+    assert (args.short, args.weight_decay, args.nms, args.limit, args.loss, args.side, args.clip, args.views) == (
+        500, 1e-4, 0.5, 100, "ap", 4, 0, "ssd")
     args.short = 64
     with tinydet.use("numba") as put:
         program.main(args, put)

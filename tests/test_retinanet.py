@@ -7,7 +7,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import fake_cupy
 from conftest import RUNNING
-from tinydet import emulate, evaluate, files, optim, scenes, to_numpy, use
+from tinydet import augment, emulate, evaluate, files, optim, scenes, to_numpy, use
 from tinydet.layers import BatchNorm, fold
 from tinydet.models import retinanet
 from tinydet.models.retinanet import RetinaNet, Spec, Table, Targets
@@ -33,7 +33,7 @@ def make(dtype=np.float64, pretrained=False, **changed):
 
 def given(net, count=2, height=72, width=88):
     """x and the targets of the first examples."""
-    views = [retinanet.training_view(net.spec, e, np.random.default_rng(k), height, width, False) for k, e in enumerate(EXAMPLES[:count])]
+    views = [retinanet.training_view(net.spec, e, np.random.default_rng(k), height, width, "mirror") for k, e in enumerate(EXAMPLES[:count])]
     boxes = retinanet.anchors(net.spec, height, width)
     targets = [retinanet.label(net.spec, boxes, b, labels % net.spec.background, difficult) for _, b, labels, difficult in views]
     return net.normalise(np.stack([v[0] for v in views])), targets
@@ -380,7 +380,7 @@ def test_overfits_four_scenes_and_finds_their_objects(monkeypatch, name):
         _, dscores, ddeltas = retinanet.loss(scores, deltas, targets, name)
         net.backward(dscores, ddeltas, cache)
         optimizer.step(0.05 * min(1, (i + 1) / 10))
-    views = [retinanet.training_view(net.spec, e, np.random.default_rng(k), 96, 128, ssd=False) for k, e in enumerate(EXAMPLES)]
+    views = [retinanet.training_view(net.spec, e, np.random.default_rng(k), 96, 128, "mirror") for k, e in enumerate(EXAMPLES)]
     found = [retinanet.detect(net, image, retinanet.Testing(short=96, longest=128)) for image, *_ in views]
     truth = [dataclasses.replace(e, source=v[0], size=(128, 96), boxes=v[1]) for e, v in zip(EXAMPLES, views)]
     assert evaluate.mean_ap(evaluate.voc(found, truth, scenes.CLASSES)) > 0.9
@@ -423,21 +423,35 @@ def test_detection_gives_the_boxes_of_the_host(tiny):
 
 # Views and detection
 
-@pytest.mark.parametrize("ssd", [True, False])
-def test_views_keep_boxes_and_labels_together(ssd):
+@pytest.mark.parametrize("views", retinanet.VIEWS)
+@pytest.mark.parametrize("upside_down", [True, False])
+def test_views_keep_boxes_and_labels_together(views, upside_down):
     example = dataclasses.replace(EXAMPLES[2], difficult=np.arange(len(EXAMPLES[2].boxes)) == 1)
     counts = set()
     for seed in range(12):
-        image, boxes, labels, difficult = retinanet.training_view(SPEC, example, np.random.default_rng(seed), 60, 80, ssd, most=1.5)
+        image, boxes, labels, difficult = retinanet.training_view(SPEC, example, np.random.default_rng(seed), 60, 80, views, upside_down, most=1.5)
         assert image.shape == (60, 80, 3) and image.dtype == np.uint8 and len(boxes) == len(labels) == len(difficult) > 0
         assert (boxes >= 0).all() and (boxes <= (80, 60, 80, 60)).all() and (box_ops.area(boxes) > 0).all()
         assert_array_equal(labels[difficult], example.labels[1:2][:difficult.sum()])
         counts.add(len(boxes))
-    assert (len(counts) > 1) == ssd
+    assert (len(counts) > 1) == (views != "mirror")
     W, H = example.size
-    plain = retinanet.training_view(SPEC, example, np.random.default_rng(1), 2 * H, 2 * W, ssd=False)
-    mirrored = (np.array([W, 0, W, 0]) - example.boxes * (1, -1, 1, -1))[:, [2, 1, 0, 3]]
-    assert any(np.allclose(plain[1], 2 * b) for b in (example.boxes, mirrored))
+    if views == "mirror":
+        seen = set()
+        for seed in range(30):
+            image, boxes, *_ = retinanet.training_view(SPEC, example, np.random.default_rng(seed), 2 * H, 2 * W, views, upside_down)
+            for x, y in ((0, 0), (0, 1), (1, 0), (1, 1)):
+                turned = np.where([x, y, x, y], (W, H, W, H) - example.boxes, example.boxes)
+                if np.allclose(boxes, 2 * turned[:, [2 * x, 1 + 2 * y, 2 - 2 * x, 3 - 2 * y]]):
+                    seen.add((x, y))
+                    there = example.image()[::-1 if y else 1, ::-1 if x else 1]
+                    assert_array_equal(image, augment.resize(np.ascontiguousarray(there), example.boxes, 2 * W, 2 * H)[0])
+        assert seen == {(0, 0), (1, 0)} | ({(0, 1), (1, 1)} if upside_down else set())
+
+
+def test_wrong_views_are_named():
+    with pytest.raises(ValueError, match=r"^retinanet\.training_view: views must be one of ssd, crop, mirror, got 'none'"):
+        retinanet.training_view(SPEC, EXAMPLES[0], np.random.default_rng(0), 32, 32, "none")
 
 
 def test_batches_are_padded_with_the_mean():

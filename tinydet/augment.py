@@ -49,10 +49,15 @@ def flip_and_scale(image, boxes, labels, rng, short=(600,), longest=1000):
 
 # Mirror and size
 
-def random_flip(image, boxes, rng, p=0.5):
-    """data.flip with probability p: (x1, x2) -> (W - x2, W - x1). Returns image, boxes."""
+def random_flip(image, boxes, rng, p=0.5, upside_down=False):
+    """data.flip with probability p: (x1, x2) -> (W - x2, W - x1); upside_down: (y1, y2) -> (H - y2, H - y1). Returns image, boxes."""
     _check("augment.random_flip", image, boxes)
-    return data.flip(image, boxes) if rng.random() < p else (image, boxes)
+    if rng.random() >= p:
+        return image, boxes
+    if not upside_down:
+        return data.flip(image, boxes)
+    image, boxes = data.flip(image.transpose(1, 0, 2), boxes[:, [1, 0, 3, 2]])
+    return image.transpose(1, 0, 2), boxes[:, [1, 0, 3, 2]]
 
 
 def resize(image, boxes, width, height, how=Image.Resampling.BILINEAR):
@@ -228,6 +233,18 @@ def iou_crop(image, boxes, rng):
             if len(result[2]) or not len(boxes):
                 return result
     return image, boxes, np.arange(len(boxes))
+
+
+def random_crop(image, boxes, rng, least=0.75):
+    """A part of the image, of its shape: sides f ~ U(least, 1) times its own, in whole pixels (rounded down, at least one), the place uniform
+    over whole pixels. Returns image, boxes, kept, as crop. Raises ValueError unless least lies in (0, 1]."""
+    if not 0 < least <= 1:
+        raise ValueError(f"augment.random_crop: least must lie in (0, 1], got {least}")
+    _check("augment.random_crop", image, boxes)
+    sides, f = np.array(image.shape[1::-1]), rng.uniform(least, 1)
+    part = np.maximum(1, (f * sides).astype(int))
+    corner = rng.integers(sides - part + 1)
+    return crop(image, boxes, np.concatenate([corner, corner + part]))
 
 
 def crop(image, boxes, box):

@@ -424,21 +424,31 @@ def loss(scores, deltas, targets, name="ap", per_image=False, box_weight=1.0, **
 
 # Training views and detection
 
-def training_view(spec, example, rng, height, width, ssd=True, most=4.0, axes=None):
+VIEWS = ("ssd", "crop", "mirror")
+
+
+def training_view(spec, example, rng, height, width, views="ssd", upside_down=False, most=4.0, axes=None):
     """One view of a training image, warped to height x width: uint8 image, boxes, labels, difficult, in its pixels.
 
-    ssd=True: the chain of augment.ssd, with `most` for its expansion and axes for its PCA lighting; False: mirrored half of the
-    time, no more.
-    The published nets train at 512x512 (notes, sec. 5).
+    views: one of VIEWS: the chain of augment.ssd, with `most` for its expansion and axes for its PCA lighting; "crop": a part of
+    3/4 to 1 of each side, mirrored half of the time (CHOICE: for sets that are soon learnt); "mirror": that alone. upside_down:
+    also mirrored top to bottom half of the time, for images without an up (CHOICE).
+    The published nets train at 512x512 (notes, sec. 5). Raises ValueError for other views.
     """
+    if views not in VIEWS:
+        raise ValueError(f"retinanet.training_view: views must be one of {', '.join(VIEWS)}, got {views!r}")
     image, boxes, kept = example.image(), example.boxes, np.arange(len(example.boxes))
     how = augment.INTERPOLATIONS[1]
-    if ssd:
+    if views == "ssd":
         image = augment.photometric(image, rng, axes)
         image, boxes = augment.expand(image, boxes, rng, spec.mean, most=most)
         image, boxes, kept = augment.iou_crop(image, boxes, rng)
         how = augment.INTERPOLATIONS[rng.integers(len(augment.INTERPOLATIONS))]
+    elif views == "crop":
+        image, boxes, kept = augment.random_crop(image, boxes, rng)
     image, boxes = augment.random_flip(image, boxes, rng)
+    if upside_down:
+        image, boxes = augment.random_flip(image, boxes, rng, upside_down=True)
     image, boxes = augment.resize(image, boxes, width, height, how)
     return image, boxes, example.labels[kept], example.difficult[kept]
 
