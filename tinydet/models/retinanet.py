@@ -391,12 +391,11 @@ def loss(scores, deltas, targets, name="ap", per_image=False, box_weight=1.0, **
     value = class loss + box_weight * mean over the four numbers of all anchors that hold an object of smooth L1 (beta 1); without
     any the latter is 0.
     scores: (N, A, K), deltas: (N, A, 4) from RetinaNet.forward; targets: Targets of each image. name: one of LOSSES; options:
-    those of its function (ap: delta, interpolated; auc: delta; smooth_ap: tau; focal: alpha, gamma; ce: ratio).
+    those of its function (ap: delta, interpolated; auc: delta; smooth_ap: delta; focal: alpha, gamma; ce: ratio).
     The entries of the batch are ranked, or counted, together, across images, levels and classes (notes, sec. 1.2 and 2.5);
     per_image=True: those of each image alone, the mean over the images.
     Returns a dict of numbers (loss, class_loss, box_loss, positives: anchors that hold an object) and dscores, ddeltas. For "ap"
-    dscores is the paper's update, no derivative (ops/ap_loss.py). On a GPU all stays there, the losses too (smooth_ap reads two
-    counts). The papers' code skips a step whose loss is exactly 0, for which a GPU would have to be waited for: not so here
+    dscores is the paper's update, no derivative (ops/ap_loss.py). On a GPU all stays there, the losses too. The papers' code skips a step whose loss is exactly 0, for which a GPU would have to be waited for: not so here
     (CHOICE).
     Raises ValueError for another name and for targets that do not fit.
     """

@@ -1,55 +1,65 @@
-"""Smooth-AP: average precision with every step of its ranks replaced by a sigmoid, and its true gradient; AP-loss is compared with it."""
+"""Smoothed AP: average precision with every step of its ranks made linear, and its true derivative; AP-loss is compared with it."""
 import numpy as np
 
 from tinydet import checks
 from tinydet.backend import array_module, pick, scalar
+from tinydet.ops import sort
 from tinydet.ops.ap_loss import finite
-from tinydet.ops.logistic_loss import sigmoid
-
-PAIRS = 1 << 22         # at once: 32 MB an array
 
 
-def smooth_ap(scores, labels, tau=0.5):
-    """1 - AP with smooth ranks: value and gradient (Brown et al., 2007.12163, unverified; the kind of ap-loss notes, sec. 6, Table 3).
+def smooth_ap(scores, labels, delta=1.0):
+    """1 - AP with linear steps: the value of ap_loss.ap_loss without interpolation, with its derivative in place of the update.
 
-    S(x) = 1 / (1 + exp(-x / tau)); for a positive i:  a_i = 1 + sum_{k != i} S(s_k - s_i) over positives, b_i = sum_j S(s_j - s_i) over
-    negatives:  value = 1/P sum_i b_i / (a_i + b_i);  with w_i = 1 / (P * (a_i + b_i)^2) and the slopes S' = S * (1 - S) / tau
-        g_j = sum_i w_i a_i S'(s_j - s_i);  g_k = -sum_{i != k} w_i b_i S'(s_k - s_i) - (what i = k hands to all others)
-    A true derivative, unlike ap_loss.ap_loss: it fades where S is flat, so a pair ordered badly enough is left as it is.
-    tau: above 0, in units of the scores. CHOICE 0.5: S is then as steep at 0 as AP-loss's step with delta = 1; Smooth-AP's 0.01
-    (unverified) is for cosine similarities.
+    H(x) = clip(x / (2 * delta) + 1/2, 0, 1); for a positive i:  a_i = 1 + sum_{k != i} H(s_k - s_i) over positives, b_i = sum_j
+    H(s_j - s_i) over negatives:  value = 1/P sum_i b_i / (a_i + b_i);  with w_i = 1 / (P * (a_i + b_i)^2) and the slope
+    h(x) = 1 / (2 * delta) for |x| < delta, else 0:
+        g_j = sum_i w_i a_i h(s_j - s_i);  g_i = -w_i a_i sum_j h(s_j - s_i) + sum_{k != i} (w_i b_i - w_k b_k) h(s_k - s_i)
+    A true derivative, unlike that update: it is 0 where H is flat, so a pair that is wrong by more than delta is left as it is. That makes
+    it the control for the paper's update (ap-loss notes, sec. 6, table 3, compares with the gradient of a smoothed AP; that this is the one
+    meant: CHOICE, unverified. Smooth-AP, 2007.12163, has sigmoids for steps, unverified, and needs all pairs).
     scores: any shape, float32 or float64: raw logits. labels: same shape, integers: 1, 0, and -1 for entries that count nowhere.
-    Returns a Python float (on a GPU a 0-d float64 array there) and g, scores' shape and dtype; inner work in float64. No positive, or no
-    negative: 0.0 and zeros. Adding the same number to all scores changes nothing, so g adds up to 0.
-    Time O(P * (P + N)), some 4 million pairs at once. There is no kernel: array code serves, on a GPU too, where the numbers of
-    positives and negatives are read from it; a baseline for small sets only.
-    Raises ValueError for shapes, other labels, scores not finite at labels 0 and 1, another tau; TypeError for dtypes. A GPU does not look
-    at values before: a score that is not finite there makes the value NaN, a label that is none counts nowhere.
+    delta: above 0, in units of the scores. At a corner of H the slope is 0.
+    Returns a Python float (on a GPU a 0-d float64 array there) and g, scores' shape and dtype; inner work in float64, off by some
+    2^-52 * entries * (spread of the scores) / delta. No positive, or no negative: 0.0 and zeros. Adding the same number to all scores
+    changes nothing, so g adds up to 0.
+    Time O(n log n). There is no kernel: on a GPU array code serves, none of which waits for the host; that is enough for a baseline.
+    Raises ValueError for shapes, other labels, scores not finite at labels 0 and 1, another delta; TypeError for dtypes. A GPU does not
+    look at values before: a score that is not finite there makes the value NaN, a label that is none counts nowhere.
     """
     op = "smooth_ap.smooth_ap"
     checks.float_array(op, "scores", scores)
     checks.ternary(op, labels, scores.shape)
     finite(op, scores, labels)
-    if not 0 < tau < np.inf:
-        raise ValueError(f"{op}: tau must be finite and above 0, got {tau}")
-    return pick(scores, numpy=_smooth_ap, cuda=_smooth_ap)(scores, labels, float(tau))
+    if not 0 < delta < np.inf:
+        raise ValueError(f"{op}: delta must be finite and above 0, got {delta}")
+    return pick(scores, numpy=_smooth_ap, cuda=_smooth_ap)(scores, labels, float(delta))
 
 
-def _smooth_ap(scores, labels, tau):
-    xp, s, y = array_module(scores), scores.reshape(-1).astype(np.float64), labels.reshape(-1)
-    positive, negative = xp.flatnonzero(y == 1), xp.flatnonzero(y == 0)
-    P, both = len(positive), xp.concatenate([positive, negative])
-    value, g, u = xp.zeros((), np.float64), xp.zeros(s.shape, np.float64), s[both]
-    rows = max(1, PAIRS // max(1, len(both)))
-    for first in range(0, P if len(negative) else 0, rows):
-        i = slice(first, min(P, first + rows))
-        S = sigmoid((u - u[i, None]) / tau)                         # (rows, P + N)
-        slope = S * (1 - S) / tau
-        a, b = S[:, :P].sum(1) + 0.5, S[:, P:].sum(1)               # its own S is 1/2; its own slope is added and taken away below
-        value += (b / (a + b)).sum() / P
-        w = 1 / (P * (a + b) ** 2)
-        slope[:, :P] *= -(w * b)[:, None]
-        slope[:, P:] *= (w * a)[:, None]
-        g[both] += slope.sum(0)
-        g[both[i]] -= slope.sum(1)
+def _smooth_ap(scores, labels, delta):
+    """All entries sorted; prefix sums give what a score meets in its window, (s - delta, s + delta), and above."""
+    xp, y = array_module(scores), labels.reshape(-1)
+    if scores.size == 0:
+        return scalar(xp.zeros((), np.float64)), xp.zeros(scores.shape, scores.dtype)
+    s = xp.where(y < 0, 0, scores.reshape(-1)).astype(np.float64)
+    order = sort.argsort(s)
+    s, y = s[order], y[order]
+    positive, negative = (y == 1).astype(np.float64), (y == 0).astype(np.float64)
+    P = xp.maximum(positive.sum(), 1)
+    u = s - (positive * s).sum() / P                                # seen from the middle of the positives, sums lose the least
+    low, high = xp.searchsorted(u, u - delta, "right"), xp.searchsorted(u, u + delta, "left")
+
+    def inside(x):
+        sums = xp.concatenate([xp.zeros(1), xp.cumsum(x)])
+        return sums[high] - sums[low], sums[-1] - sums[high]        # and above
+
+    def steps(x):                                                   # sum of H over those that x marks
+        (count, above), (total, _) = inside(x), inside(x * u)
+        return above + 0.5 * count + (total - u * count) / (2 * delta)
+
+    a, b = steps(positive) + 0.5, xp.maximum(steps(negative), 0)    # its own H is the other half
+    value = (positive * b / (a + b)).sum() / P
+    wa, wb = (positive * x / (P * (a + b) ** 2) for x in (a, b))
+    (of_a, _), (of_b, _), (negatives, _), (positives, _) = map(inside, (wa, wb, negative, positive))
+    g = xp.zeros(s.shape, np.float64)
+    g[order] = (negative * xp.maximum(of_a, 0) - positive * of_b - wa * negatives + wb * positives) / (2 * delta)
     return scalar(value), g.reshape(scores.shape).astype(scores.dtype)
