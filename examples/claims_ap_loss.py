@@ -1,0 +1,53 @@
+"""AP-loss (1904.06373, 2008.07294): the settings and claims of examples/claims.py ap_loss. Paper's figures: COCO-style AP / AP50 on VOC2007 test,
+RetinaNet with ResNet-50 at 512 pixels; all are unverified (ap-loss notes, sec. 6).
+
+Same net, images and number of steps in all arms. The losses' gradients differ in size: each has the rate out of 0.05, 0.1, 0.2 and 0.4 that
+was best on bccd's validation images in 400 steps with seed 0 (CHOICE). smooth_ap has AP-loss's value and its derivative in place of the update.
+"""
+PROGRAM = "ap_loss.py"
+
+COMMON = ["--steps", "800", "--upside-down", "--measure-every", "200", "--workers", "0"]
+DATA = {"bccd": [*COMMON, "--size", "288", "384"], "apple-orchard": [*COMMON, "--size", "320", "320"]}
+
+ARMS = {"ap": ["--loss", "ap"],
+        "focal": ["--loss", "focal"],
+        "ce": ["--loss", "ce", "--lr", "0.1"],
+        "auc": ["--loss", "auc", "--lr", "0.1"],
+        "smooth_ap": ["--loss", "smooth_ap", "--lr", "0.1"],
+        "ap, delta 0.25": ["--loss", "ap", "--delta", "0.25"],
+        "ap, delta 0.5": ["--loss", "ap", "--delta", "0.5"],
+        "ap, delta 2": ["--loss", "ap", "--delta", "2"],
+        "ap, plain": ["--loss", "ap", "--plain"],
+        "ap, per image": ["--loss", "ap", "--per-image"]}
+
+LOSSES = ["ap", "focal", "ce", "auc", "smooth_ap"]
+ON = {"bccd": list(ARMS), "apple-orchard": LOSSES}
+
+CURVES = {"ranking_ap": "average precision of the training batches' ranking", "pull_ratio": "gradient on negatives / on positives"}
+
+QUICK = ["--steps", "4", "--measure-every", "2"]
+
+BENCH = {"speed": ["bench_ap_loss.py", "--only", "loop", "large", "--turns", "20"]}
+QUICK_BENCH = ["--positives", "500", "2000", "--negatives", "2000", "--large", "50", "20000", "--turns", "1"]
+
+CLAIMS = [
+    *(dict(text=f"AP-loss beats {told}", paper=paper, data=name, better="ap", worse=worse) for worse, told, paper in (
+        ("focal", "focal loss", "53.1/82.3 against 51.3/80.9 (unverified)"),
+        ("ce", "cross-entropy with 3:1 mining", "53.1/82.3 against 49.1/81.5 (unverified)"),
+        ("auc", "the AUC loss", "53.1/82.3 against 49.3/79.7 (unverified)"),
+        ("smooth_ap", "the derivative of its own smoothed value", "other optimisers of AP: clearly (unverified)")) for name in ON),
+    *(dict(text=f"delta = 1 beats {delta}", paper=paper, data="bccd", better="ap", worse=f"ap, delta {delta}") for delta, paper in (
+        ("0.25", "82.3 against 80.7 (unverified)"), ("0.5", "82.3 against 81.6 (unverified)"), ("2", "53.1/82.3 against 52.8/82.6 (unverified)"))),
+    dict(text="interpolation adds", paper="82.3 against 82.2, AP 53.1 against 52.6 (unverified)", data="bccd", better="ap", worse="ap, plain"),
+    dict(text="ranking the batch together beats ranking each image", paper="batch of 8: 82.3, of 1: 80.2 (unverified)", data="bccd", better="ap",
+         worse="ap, per image"),
+    *(dict(text=f"its gradients on positives and negatives are nearer to balance than those of {told}, all along", paper="equal by construction",
+           data=name, better="ap", worse=worse, metric="imbalance", lower=True) for worse, told in (("focal", "focal loss"), ("ce", "cross-entropy")) for name in ON),
+]
+
+SPEED = {"data": "speed", "lower": True, "paper": "-"}
+CLAIMS += [dict(text=f"exact AP-loss is {times} times faster than the loop over {P} positives ({name})", better=f"turns.P={P}.ours",
+                worse=f"turns.P={P}.{name} loop", times=1 / times, **SPEED) for P, times in ((500, 60), (2000, 150)) for name in ("numpy", "torch")]
+CLAIMS += [dict(text="20 million scores take at most 10 times a sort", better="turns.large.ours", worse="turns.large.sort", times=10.0, **SPEED),
+           dict(text="memory, result included, is at most 4 times that of the sorted scores", better="memory.MB.ours.traced",
+                worse="memory.MB.sort.traced", times=4.0, **SPEED)]
