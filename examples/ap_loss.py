@@ -110,7 +110,7 @@ def main(args, put):
     boxes = retinanet.anchors(spec, height, width)
     print(f"{len(examples)} training and {len(held_out)} evaluation images, {len(classes)} classes, {len(boxes)} anchors an image")
     print(summary(net.parts["backbone"], (1, height, width, 3)), flush=True)
-    axes = augment.colour_axes(examples)
+    axes = augment.colour_axes(examples) if args.views == "ssd" else None
     options = {"delta": args.delta, "interpolated": not args.plain} if args.loss == "ap" else {}
 
     def prepare(i):

@@ -11,7 +11,8 @@ from tinydet.ops import boxes as box_ops
 
 OVERLAP = 0.2                       # the most that the boxes of two items share, of the smaller one
 TRIES = 20                          # places tried for an item; one that finds none is left out
-PIECE = (0.3, 0.5)                  # side of a fragment, of the longer side of the item it comes from: 8..14 of 28 pixels
+PIECE = (0.3, 0.5)                  # width and height of a fragment, of those of the item it comes from: 8..14 of 28 pixels
+TURNS = Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270       # of fragments: items stand upright
 FAINTEST = 0.35                     # of a colour, where an item is black: else dark items would be seen on no dark background
 
 
@@ -84,49 +85,48 @@ def _by_class(op, examples):
 
 
 def _drawn(rng, classes, sides, threshold):
-    """A random item: its class, its pixels within their tight box, float32 (h, w, 3) in 0..255, its mask, and a side to give it."""
+    """A random item: its class, its tight box cut out as a Pillow image, RGB and the mask as alpha, and a side to give it."""
     label, examples = classes[rng.integers(len(classes))]
     example = examples[rng.integers(len(examples))]
     image = example.image()
-    mask = image.max(2) > threshold
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if not len(rows):
+    item = np.empty((*image.shape[:2], 4), np.uint8)
+    item[..., :3], item[..., 3] = image, (image.max(2) > threshold) * np.uint8(255)
+    item = Image.fromarray(item)
+    if (tight := item.getchannel("A").getbbox()) is None:
         raise ValueError(f"canvases.canvases: every image must have a pixel above threshold {threshold}, got none in {example.name}")
-    cut = np.s_[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
-    image, mask = image[cut], mask[cut]
+    item = item.crop(tight)
     if rng.random() < 0.5:
-        image, mask = image[:, ::-1], mask[:, ::-1]
-    return label, image, mask, sides[0] * (sides[1] / sides[0]) ** rng.random()
+        item = item.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return label, item, sides[0] * (sides[1] / sides[0]) ** rng.random()
 
 
-def _resized(image, mask, factor):
-    """Pixels float32 (h, w, 3), and how much of each the mask covers, 0..1 (h, w, 1), cut to where that is at least half."""
-    size = [max(1, round(length * factor)) for length in mask.shape[::-1]]
-    cover = np.asarray(Image.fromarray(mask * np.uint8(255)).resize(size, Image.Resampling.BILINEAR))
-    inside = cover >= min(128, cover.max())
+def _resized(item, factor):
+    """float32 (h, w, 4): colours in 0..1 and how much of each pixel is covered, cut to the pixels of which that is at least half."""
+    size = [max(1, round(length * factor)) for length in item.size]
+    item = np.asarray(item.resize(size, Image.Resampling.BILINEAR))     # Pillow weighs the colours by alpha: no dark fringe
+    inside = item[..., 3] >= min(128, item[..., 3].max())
     rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
-    cut = np.s_[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
-    image = np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize(size, Image.Resampling.BILINEAR))
-    return image[cut].astype(np.float32), cover[cut][..., None].astype(np.float32) / 255
+    return item[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1].astype(np.float32) / 255
 
 
 def _items(rng, classes, size, sides, objects, threshold):
-    """The items of a canvas, a list of (box, label, pixels, cover): all that comes before the paint."""
+    """The items of a canvas, a list of (box, label, item): all that comes before the paint."""
     items = []
     for _ in range(rng.integers(objects[0], objects[1] + 1)):
-        label, image, mask, side = _drawn(rng, classes, sides, threshold)
-        image, cover = _resized(image, mask, side / max(mask.shape))
+        label, item, side = _drawn(rng, classes, sides, threshold)
+        item = _resized(item, side / max(item.size))
         for _ in range(TRIES):
-            box = _place(rng, cover, size)
+            box = _place(rng, item, size)
             if all(_shared(box, other) <= OVERLAP for other, *_ in items):
-                items.append((box, label, image, cover))
+                items.append((box, label, item))
                 break
     return items
 
 
-def _place(rng, cover, size):
-    x, y = (int(rng.integers(room - length + 1)) for room, length in zip(size, cover.shape[1::-1]))
-    return x, y, x + cover.shape[1], y + cover.shape[0]
+def _place(rng, item, size):
+    h, w = item.shape[:2]
+    x, y = int(rng.integers(size[0] - w + 1)), int(rng.integers(size[1] - h + 1))
+    return x, y, x + w, y + h
 
 
 def _shared(a, b):
@@ -141,24 +141,24 @@ def _paint_canvas(code, classes, size, sides, objects, fragments, threshold):
     items = _items(rng, classes, size, sides, objects, threshold)
     canvas = _background(rng, size)
     for _ in range(rng.integers(fragments[0], fragments[1] + 1)):
-        _, image, mask, side = _drawn(rng, classes, sides, threshold)
-        length = max(mask.shape) * rng.uniform(*PIECE)
-        h, w = (min(n, max(1, round(length))) for n in mask.shape)
-        y, x = rng.integers(mask.shape[0] - h + 1), rng.integers(mask.shape[1] - w + 1)
-        if (mask := mask[y:y + h, x:x + w]).any():
-            image, cover = _resized(image[y:y + h, x:x + w], mask, side / max(image.shape[:2]))
-            _paint(canvas, _place(rng, cover, size), image, cover, rng)
-    for box, _, image, cover in items:
-        _paint(canvas, box, image, cover, rng)
+        _, item, side = _drawn(rng, classes, sides, threshold)
+        part = [max(1, round(length * rng.uniform(*PIECE))) for length in item.size]
+        x, y = (int(rng.integers(length - n + 1)) for length, n in zip(item.size, part))
+        piece = item.crop((x, y, x + part[0], y + part[1])).transpose(TURNS[rng.integers(3)])
+        if piece.getchannel("A").getbbox():
+            piece = _resized(piece, side / max(item.size))
+            _paint(canvas, _place(rng, piece, size), piece, rng)
+    for box, _, item in items:
+        _paint(canvas, box, item, rng)
     canvas += rng.standard_normal((*canvas.shape[:2], 1), np.float32) * np.float32(rng.uniform(2, 10))
     return canvas.clip(0, 255).astype(np.uint8)
 
 
-def _paint(canvas, box, image, cover, rng):
+def _paint(canvas, box, item, rng):
     """Paint an item in the one of four random colours that is least like what it covers."""
-    part, image = canvas[box[1]:box[3], box[0]:box[2]], FAINTEST + (1 - FAINTEST) / 255 * image
+    part, image, cover = canvas[box[1]:box[3], box[0]:box[2]], FAINTEST + (1 - FAINTEST) * item[..., :3], item[..., 3:]
     colours = rng.uniform(60, 255, (4, 3)).astype(np.float32)
-    under, mean = ((cover * a).sum((0, 1)) / cover.sum() for a in (part, image))
+    under, mean = (cover.ravel() @ a.reshape(-1, 3) / cover.sum() for a in (part, image))
     part += cover * (image * colours[np.abs(colours * mean - under).max(1).argmax()] - part)
 
 
