@@ -353,6 +353,37 @@ def test_scores_of_any_size(backend, delta):
             agree(run(backend, np.array(s), np.array(t), delta), by_definition(np.array(s), np.array(t), delta), 1e-12)
 
 
+MAX = np.finfo(float).max
+
+
+@pytest.mark.parametrize("reach", [5e-324, 1e-100, 1.0, 1e100])
+def test_edges_of_windows_are_rounded_up_from_exact_sums(reach):
+    """v >= edge is v > p - reach, or v >= p + reach, for every float64 v: so the place of a score tells its windows, whatever the scores."""
+    tie = [-1 + 2**-53, 1 - 2**-53, 1 + 2**-52, 1e16, 1e16 + 2, -1e17, 0, 1, -1, 1e100, -1e100, 5e-324, -5e-324, MAX, -MAX]
+    p = np.sort(np.concatenate([np.random.default_rng(0).standard_normal(100) * max(reach, 1e-300), tie]))
+    edges, enter, leave = op._edges(p, reach)
+    assert (np.diff(edges) >= 0).all()
+    assert_array_equal(np.sort(np.concatenate([enter, leave])), np.arange(2 * len(p)))
+
+    def exact(v):
+        return Fraction(v) if math.isfinite(v) else Fraction(10)**400 * (1 if v > 0 else -1)
+    for q, start, end in zip(p, edges[enter], edges[leave]):
+        assert exact(math.nextafter(start, -math.inf)) <= Fraction(q) - Fraction(reach) < exact(start)
+        assert exact(math.nextafter(end, -math.inf)) < Fraction(q) + Fraction(reach) <= exact(end)
+
+
+@pytest.mark.parametrize("delta", [0, 1e-100, 1, 1e100])
+def test_outliers_that_crowd_the_table_of_searches(delta):
+    """The largest floats, and all other scores in one cell; by Numba, which alone has the table."""
+    s, t = sample(300, 40)
+    for outliers in ([1e9, -1e9], [1e300, 0], [MAX, -MAX, MAX]):
+        for labels in np.ndindex((2,) * len(outliers)):
+            case = np.concatenate([s, outliers]), np.concatenate([t, labels])
+            agree(run("numba", *case, delta), run("numpy", *case, delta), 1e-12)
+    case = np.array([-MAX, MAX]), np.array([1, 0])
+    agree(run("numba", *case, delta), run("numpy", *case, delta), 1e-12)
+
+
 # Training
 
 @backends

@@ -14,7 +14,7 @@ from tinydet.ops import scan, sort
 from tinydet.ops.logistic_loss import small
 
 MOST = 1 << 20          # positives on a GPU: what it keeps for each is allocated before their number is known
-CELLS = 1 << 18         # at most, of the table that shortens searches on the CPU
+FINE, CELLS = 8, 1 << 18        # of the table that shortens searches on the CPU: cells for each edge, cells at most
 
 
 def ap_loss(scores, labels, delta=1.0, interpolated=True):
@@ -82,10 +82,12 @@ def _ap_loss_numpy(scores, labels, delta, interpolated):
 
 
 # Numba and CUDA: the same without pairs (notes, sec. 4.3). Positives p are sorted. A negative v has l = #{v - p >= delta} of them far
-# below, with H = 1, and H is linear for those from l up to h = #{v - p > -delta}. So v counts 1 in b_i for i < l, which is noted at l, and
-# (v - p_i) / (2 * delta) + 1/2 for l <= i < h, which is noted at l and taken back at h; then sums up to i give b_i. As H is linear there,
-# sums of weights and of weights times p over [l, h) are enough for g at v. Sums of scores are kept as 64-bit integers, modulo 2^64:
-# exact in any order, right whatever the scores, since what is left within a window is at most entries * delta. The weighted p are
+# below, with H = 1, and H is linear for those from l up to h = #{v - p > -delta}. So v counts 1 in b_i for i < l and
+# (v - p_i) / (2 * delta) + 1/2 for l <= i < h. CUDA notes the former at l, the latter at l, and takes it back at h; then sums up to i
+# give b_i. Numba sorts the edges p - delta and p + delta together and finds the place of v among them, which tells l and h; counts and
+# sums over v at each place, added up, differ by b_i's share between the two edges of i. As H is linear there, sums of weights and of
+# weights times p over [l, h) are enough for g at v: at each place, g is a line in v. Sums of scores are kept as 64-bit integers, modulo
+# 2^64: exact in any order, right whatever the scores, since what is left within a window is at most entries * delta. The weighted p are
 # seen from `origin`, the last positive up to p that no window holds together with the one before it: no window reaches across one.
 
 def _constants(count, delta):
@@ -100,35 +102,56 @@ def _constants(count, delta):
 
 def _ap_loss_numba(scores, labels, delta, interpolated):
     x, y = np.ascontiguousarray(scores).reshape(-1), np.ascontiguousarray(small(labels)).reshape(-1)
-    g = np.zeros(x.shape, x.dtype)
     order = np.flatnonzero(y == 1)
     if len(order) == 0:
-        return 0.0, g.reshape(scores.shape)
+        return 0.0, np.zeros(scores.shape, scores.dtype)
     order = order[np.argsort(x[order], kind="stable")]
     p, (reach, slope, scale, unit) = x[order].astype(np.float64), _constants(len(x), delta)
-    table = _table(p, reach)
-    above, inside, sums = _negatives(x, y, p, reach, scale, *table, get_num_threads())
-    least, w0, w1, origin = _positives(p, above, inside, sums, reach, slope, scale, unit, interpolated)
-    _gradients(x, y, g, p, w0, w1, origin, reach, slope, *table)
+    g = np.empty(x.shape, x.dtype)
+    places = g.view(f"i{g.itemsize}")                               # what lies in g until the gradients do
+    edges, enter, leave = _edges(p, reach)
+    counts, sums = _negatives(x, y, places, edges, *_table(edges), scale, get_num_threads())
+    least, lines = _positives(p, enter, leave, counts, sums, reach, slope, scale, unit, interpolated)
+    _gradients(x, places, g, lines)
     g[order] = 0 - least / len(p)
     return float(least.sum()) / len(p), g.reshape(scores.shape)
 
 
-def _table(p, reach):
-    """What bounds l and h of a score v: with c its cell, int((v - low) * rate) clipped to the table, left[c] <= l <= left[c + 3],
-    and right likewise for h.
-
-    One cell on either side is to spare, and cells are wider than some roundings of a score.
+def _edges(p, reach):
+    """Where windows start and end, sorted together, and for each positive the place of either: the least float64 > p - reach and the
+    least >= p + reach.
     """
-    cells, low, high = min(16 * len(p), CELLS), p[0] - reach, p[-1] + reach
-    eps, tiny = np.finfo(np.float64).eps, np.finfo(np.float64).tiny
-    rate = 1 / max(high / cells - low / cells, 8 * eps * max(abs(low), abs(high)), tiny)
+    def rounded_up(reach):
+        s = p + reach
+        back = s - p
+        lost = (p - (s - back)) + (reach - back)                    # p + reach = s + lost, exactly
+        with np.errstate(over="ignore"):
+            return np.where(lost > 0 if reach > 0 else lost >= 0, np.nextafter(s, np.inf), s)
+    edges = np.concatenate([rounded_up(-reach), rounded_up(reach)])
+    order = np.argsort(edges, kind="stable")
+    at = np.empty_like(order)
+    at[order] = np.arange(len(at))
+    return edges[order], at[:len(p)], at[len(p):]
 
-    def up_to(edges):
-        cell = np.clip((edges - low) * rate, 0, cells - 1).astype(np.int64)
-        return np.cumsum(np.bincount(cell + 2, minlength=cells + 3)).astype(np.int32)
-    with np.errstate(over="ignore"):
-        return low, rate, up_to(p + reach), up_to(p - reach)
+
+@njit(cache=True)
+def _cell(v, low, rate, last):
+    """Never falls as v grows, roundings or not: an edge in a cell before that of v is below v, one in a cell behind it above v."""
+    return np.int64(min(max((v - low) * rate, 0.0), last))
+
+
+@njit(cache=True)
+def _table(edges):
+    """start: how many edges lie in cells before each; low, rate and last cell, see `_cell`."""
+    cells = min(FINE * len(edges), CELLS)
+    low, high = edges[0], min(edges[-1], 1.7976931348623157e308)
+    rate, last = 1 / max(high / cells - low / cells, 2.2250738585072014e-308), cells - 1.0
+    start = np.zeros(cells + 1, np.int32)
+    for e in edges:
+        start[_cell(e, low, rate, last) + 1] += 1
+    for c in range(cells):
+        start[c + 1] += start[c]
+    return start, low, rate, last
 
 
 @njit(cache=True)
@@ -143,56 +166,39 @@ def _fixed(v, scale):
     return np.int64(np.rint(turns * 18446744073709551616.0))
 
 
-@njit(cache=True)
-def _window(v, p, reach, low, rate, left, right):
-    """l and h of a score v."""
-    at = (v - low) * rate
-    last = len(left) - 4
-    cell = 0 if at < 0 else last if at > last else int(at)
-    l, end = left[cell], left[cell + 3]
-    while l < end:
-        k = (l + end) >> 1
-        if v - p[k] >= reach:
-            l = k + 1
-        else:
-            end = k
-    h, end = max(l, right[cell]), right[cell + 3]
-    while h < end:
-        k = (h + end) >> 1
-        if v - p[k] > -reach:
-            h = k + 1
-        else:
-            end = k
-    return l, h
-
-
 @njit(cache=True, parallel=True)
-def _negatives(x, y, p, reach, scale, low, rate, left, right, parts):
-    """For each positive: how many negatives lie beyond the window of the one before, how many inside its own, and the sum of the latter.
+def _negatives(x, y, places, edges, start, low, rate, last, scale, parts):
+    """places: how many edges a negative has reached; 0 for other entries. Returned: how many negatives are at each place or a lower one,
+    and their sum.
 
     All are integers, so neither the number of parts nor their order shows.
     """
-    P, n = len(p), len(x)
-    above, inside, sums = np.zeros((parts, P + 1), np.int64), np.zeros((parts, P + 1), np.int64), np.zeros((parts, P + 1), np.int64)
+    n = len(x)
+    tally = np.zeros((parts, len(edges) + 1, 2), np.int64)
     for part in prange(parts):
-        beyond, within, total = above[part], inside[part], sums[part]
+        mine = tally[part]
         for i in range(part * n // parts, (part + 1) * n // parts):
             v = np.float64(x[i])
-            if y[i] == 0 and v - p[0] > -reach:
-                l, h = _window(v, p, reach, low, rate, left, right)
-                beyond[l] += 1
-                if l < h:
-                    q = _fixed(v, scale)
-                    within[l] += 1
-                    within[h] -= 1
-                    total[l] += q
-                    total[h] -= q
-    return above.sum(0)[::-1].cumsum()[::-1], inside.sum(0).cumsum(), sums.sum(0).cumsum()
+            m = 0
+            if y[i] == 0 and v >= edges[0]:
+                c = _cell(v, low, rate, last)
+                m, end = start[c], start[c + 1]
+                while m < end:
+                    k = (m + end) >> 1
+                    if edges[k] <= v:
+                        m = k + 1
+                    else:
+                        end = k
+                mine[m, 0] += 1
+                mine[m, 1] += _fixed(v, scale)
+            places[i] = m
+    total = tally.sum(0)
+    return total[:, 0].cumsum(), total[:, 1].cumsum()
 
 
 @njit(cache=True)
-def _positives(p, above, inside, sums, reach, slope, scale, unit, interpolated):
-    """E; the sums of w = E / b and of w * (p - origin) over the positives before each; origin."""
+def _positives(p, enter, leave, counts, sums, reach, slope, scale, unit, interpolated):
+    """E, and for each place the line in v, value + rise * (v - origin), which g is there."""
     P = len(p)
     least, w0, w1, origin = np.empty(P), np.zeros(P + 1), np.zeros(P + 1), np.empty(P)
     lo, hi, within = 0, 0, np.int64(0)                              # the window of i among the positives themselves, and its sum
@@ -205,28 +211,31 @@ def _positives(p, above, inside, sums, reach, slope, scale, unit, interpolated):
             within -= _fixed(p[lo], scale)
             lo += 1
         a = (P - hi) + 0.5 * (hi - lo + 1) + slope * (unit * (within - (hi - lo) * q))
-        b = max(0.0, above[i + 1] + 0.5 * inside[i] + slope * (unit * (sums[i] - inside[i] * q)))
+        above, inside = counts[-1] - counts[leave[i]], counts[leave[i]] - counts[enter[i]]
+        b = max(0.0, above + 0.5 * inside + slope * (unit * (sums[leave[i]] - sums[enter[i]] - inside * q)))
         e = b / (a + b)
         least[i] = min(e, least[i - 1]) if interpolated and i > 0 else e
         w = least[i] / b if b > 0 else 0.0
         w0[i + 1] = w0[i] + w
         origin[i] = origin[i - 1] if i > 0 and p[i] - p[i - 1] <= 2 * reach else p[i]
         w1[i + 1] = w1[i] + w * (p[i] - origin[i])
-    return least, w0, w1, origin
+    lines, l = np.empty((2 * P + 1, 3)), 0
+    for m in range(2 * P + 1):
+        if m > 0 and leave[l] == m - 1:
+            l += 1
+        h = m - l
+        w = w0[h] - w0[l]
+        lines[m] = (w0[l] + 0.5 * w - slope * (w1[h] - w1[l])) / P, slope * w / P, origin[l] if l < h else 0.0
+    return least, lines
 
 
 @njit(cache=True, parallel=True)
-def _gradients(x, y, g, p, w0, w1, origin, reach, slope, low, rate, left, right):
-    P = len(p)
+def _gradients(x, places, g, lines):
+    """g may lie where places are."""
     for i in prange(len(x)):
-        v = np.float64(x[i])
-        if y[i] == 0 and v - p[0] > -reach:
-            l, h = _window(v, p, reach, low, rate, left, right)
-            total = w0[l]
-            if l < h:
-                w = w0[h] - w0[l]
-                total += 0.5 * w + slope * ((v - origin[l]) * w - (w1[h] - w1[l]))
-            g[i] = max(0.0, total) / P
+        m = places[i]
+        v = lines[m, 0] + lines[m, 1] * (x[i] - lines[m, 2])
+        g[i] = v if v > 0 else 0.0                                  # 0 for NaN, too, from entries that do not count
 
 
 # CUDA: kernels/ap_loss.cu, five launches, between array code that counts the positives and marks them (four), a sort that brings them to the
