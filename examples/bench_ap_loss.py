@@ -24,19 +24,15 @@ PyTorch's threads follow; set it to ACTIVE for PyTorch's own.
 import argparse
 import json
 import os
-import platform
-import subprocess
 import sys
 import time
-import tracemalloc
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import tinydet                                                      # before numpy: sets how BLAS threads wait
 import numba
 import numpy as np
-from bench_ohem import forget_peak, peak
+import timing
 
 from tinydet import files, to_numpy, use
 from tinydet.backend import array_module
@@ -45,7 +41,6 @@ from tinydet.ops.ap_loss import ap_loss
 OP = "bench_ap_loss"
 PARTS = ("loop", "large", "growth")
 LIMITS = {"float32": 5e-6, "float64": 1e-12}
-SHORT = 0.05                                                        # s
 
 
 # The forms
@@ -147,33 +142,9 @@ def balanced(x, y):
 
 # Measuring
 
-def wait(x):
-    """Until a GPU has done all that was launched."""
-    if array_module(x) is not np:
-        array_module(x).cuda.runtime.deviceSynchronize()
-
-
 def measure(sides, turns, x):
     """Seconds of every turn, by form. x: any array of the backend."""
-    times, order = {name: [] for name in sides}, list(sides)
-    for turn in range(turns + 1):
-        first = turn % len(order)
-        for name in order[first:] + order[:first]:
-            if times[name] and times[name][-1] < SHORT:
-                sides[name]()
-            wait(x)
-            start = time.perf_counter()
-            sides[name]()
-            wait(x)
-            times[name].append(time.perf_counter() - start)
-    return {name: t[1:] for name, t in times.items()}
-
-
-def time_told(times, pairs):
-    """Medians, their ratios, and the quartiles of the turns' ratios. times: {form: seconds of every turn}; pairs: of forms."""
-    median = {k: float(np.median(t)) for k, t in times.items()}
-    return {"seconds": median, "ratio": {f"{a} / {b}": median[a] / median[b] for a, b in pairs},
-            "quartiles": {f"{a} / {b}": np.quantile(np.divide(times[a], times[b]), (0.25, 0.75)).tolist() for a, b in pairs}}
+    return timing.measure(sides, turns, array_module(x).cuda.runtime.deviceSynchronize if array_module(x) is not np else lambda: None)
 
 
 def large_sides(x, y):
@@ -181,30 +152,10 @@ def large_sides(x, y):
 
 
 def probe(form, args, put):
-    """MB of one call of this form: {"traced", "resident"}, on a GPU {"pool"}. A small call compiles before."""
+    """MB of one call of this form, as timing.memory tells it. A small call compiles before."""
     large_sides(*map(put, sample(5, 100, args.seed)))[form]()
     x, y = map(put, sample(*args.large, args.seed))
-    run = large_sides(x, y)[form]
-    if array_module(x) is not np:
-        pool = array_module(x).get_default_memory_pool()
-        pool.free_all_blocks()
-        before, kept = pool.used_bytes(), run()
-        return {"pool": (pool.total_bytes() - before) / 2**20}
-    forget_peak()
-    tracemalloc.start()
-    before, kept = peak(), run()                                    # kept: the result is there until memory was read
-    after, traced = peak(), tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    del kept
-    return {"traced": traced / 2**20, "resident": after - before}
-
-
-def fresh(form, args):
-    """probe in a process of its own."""
-    done = subprocess.run([sys.executable, __file__, "--probe", json.dumps({**vars(args), "form": form})], capture_output=True, text=True)
-    if done.returncode:
-        raise ValueError(f"{OP}: the process that measures the memory of {form} failed: {done.stderr[-1000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return timing.memory(large_sides(x, y)[form], x)
 
 
 # The parts: each returns what it adds to the result, {"turns": {row: {form: seconds}}, "time": {row: ...}, ...}
@@ -218,7 +169,7 @@ def loop_part(args, put):
               + " and ".join(f"{max(apart.values()):.0e} in {dtype}" for dtype, apart in found["agreement"][row].items()), flush=True)
         sides = forms(*given[args.dtype], put, torch)
         times = measure(sides, args.turns, put(given[args.dtype][0]))
-        found["turns"][row], found["time"][row] = times, time_told(times, [(name, "ours") for name in sides if name != "ours"])
+        found["turns"][row], found["time"][row] = times, timing.told(times, [(name, "ours") for name in sides if name != "ours"])
         tell(row, found["time"][row])
     return {**found, "torch": torch and {"version": torch.__version__, "threads": torch.get_num_threads()}}
 
@@ -229,10 +180,10 @@ def large_part(args, put):
     x, y = put(scores), put(labels)
     off = balanced(x, y)
     times = measure(large_sides(x, y), args.turns, x)
-    told = time_told(times, [("ours", "sort")])
+    told = timing.told(times, [("ours", "sort")])
     tell("large: P={}, N={}".format(*args.large), told)
     del scores, labels, x, y                                        # the children need the room
-    used = {form: fresh(form, args) for form in times}
+    used = {form: timing.fresh(__file__, ["--probe", json.dumps({**vars(args), "form": form})]) for form in times}
     ratio = {form: {kind: v / MB["scores"] for kind, v in found.items()} for form, found in used.items()}
     for form, found in ratio.items():
         print(f"    {form:24}memory " + ", ".join(f"{kind} {used[form][kind]:.1f} MB, {v:.2f} of the scores' {MB['scores']:.1f} MB"
@@ -245,7 +196,7 @@ def growth_part(args, put):
     sizes = {f"P={k * P}": (k * P, N) for k in (1, 2, 4, 8)} | {f"N={k * N}": (P, k * N) for k in (2, 4, 8)}
     given = {row: tuple(map(put, sample(*size, args.seed, args.dtype))) for row, size in sizes.items()}
     times = measure({row: partial(ap_loss, *each) for row, each in given.items()}, args.turns, given[f"P={P}"][0])
-    told = time_told(times, [(row, f"P={P}") for row in sizes if row != f"P={P}"])
+    told = timing.told(times, [(row, f"P={P}") for row in sizes if row != f"P={P}"])
     tell(f"growth: ours from P={P}, N={N}", told)
     return {"turns": {"growth": times}, "time": {"growth": told}}
 
@@ -258,16 +209,9 @@ def tell(title, told):
         print(f"    {form:24}{seconds * 1e3:12.2f} ms  " + (f"{spread} of {ratio.partition(' / ')[2]}" if ratio else ""), flush=True)
 
 
-def settings(args):
-    """What a reader of the figures must know."""
-    told = {k: v for k, v in vars(args).items() if k not in ("json", "probe")}
-    versions = {"python": platform.python_version(), "tinydet": tinydet.__version__, "numpy": np.__version__, "numba": numba.__version__}
-    environment = {k: os.environ.get(k) for k in ("NUMBA_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OMP_WAIT_POLICY", "OMP_NUM_THREADS")}
-    return {**told, "cores": os.cpu_count(), "numba threads": numba.get_num_threads(), "environment": environment, "versions": versions}
-
-
 def main(args, put):
-    result = {"settings": settings(args), "date": time.strftime("%Y-%m-%d %H:%M"), "turns": {}, "time": {}}
+    told = {k: v for k, v in vars(args).items() if k not in ("json", "probe")}
+    result = {"settings": {**told, **timing.settings()}, "date": time.strftime("%Y-%m-%d %H:%M"), "turns": {}, "time": {}}
     for part in args.only:
         for key, value in {"loop": loop_part, "large": large_part, "growth": growth_part}[part](args, put).items():
             result[key] = result[key] | value if key in ("turns", "time") else value
@@ -296,8 +240,7 @@ def arguments(argv=None):
     for name, least in (("positives", 1), ("negatives", 1), ("large", 1), ("turns", 1), ("threads", 1), ("seed", 0)):
         if np.min(getattr(args, name)) < least:
             parser.error(f"--{name} must be at least {least}, got {getattr(args, name)}")
-    if args.json and not Path(args.json).absolute().parent.is_dir():
-        parser.error(f"the folder of --json {args.json} must exist")
+    timing.check_json(parser, args.json)
     return args
 
 

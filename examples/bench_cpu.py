@@ -20,7 +20,6 @@ import gc
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 from functools import partial
@@ -30,6 +29,7 @@ from types import SimpleNamespace
 import tinydet                                                      # before numpy: sets how BLAS threads wait
 import numba
 import numpy as np
+import timing
 
 from tinydet import files, layers, optim, use
 from tinydet.models import overfeat
@@ -48,7 +48,6 @@ TARGETS = {"conv 3x3 s1": [("nchw", 0.75, 0.60)], "conv 5x5 s1": [("nchw", 0.65,
            "step demo": [("nchw", 0.75, None), ("channels_last", 0.90, None)], "step OverFeat-fast": [("nchw", 0.75, None)],
            "dense": [("nchw", 0.80, None)], "nms 10k": [("numpy", 0.10, None)], "memory step": [("nchw", 1.5, None)],
            "memory nms": [("linear", 1.5, None)]}                   # part: (peer, most for each row, most for the geometric mean)
-SHORT = 50                                                          # ms
 VARIABLES = ("OPENBLAS_THREAD_TIMEOUT", "OPENBLAS_NUM_THREADS", "OMP_WAIT_POLICY", "OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "NUMBA_CPU_NAME",
              "NUMBA_CPU_FEATURES", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
 
@@ -439,34 +438,21 @@ def dense(quick):
 
 # Memory, in fresh processes
 
-def peak():
-    """Most memory this process has held, MB. Not ru_maxrss where it can be helped: on Linux that starts with what the parent held."""
-    try:
-        return next(int(s.split()[1]) for s in Path("/proc/self/status").read_text().splitlines() if s.startswith("VmHWM")) / 1024
-    except (OSError, StopIteration):
-        import resource
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
-
-
 def probe(what, quick):
     """In the fresh process: print the peak before and after the work, as JSON."""
     if what.isdigit():
         boxes, scores = proposals(int(what))
         nms.nms(boxes[:100], scores[:100], 0.5)                         # compiles
-        before = peak()
+        before = timing.peak()
         nms.nms(boxes, scores, 0.5)
     else:
-        before = peak()
+        before = timing.peak()
         step(fast, quick, (what,))                                      # two steps
-    print(json.dumps([before, peak()]))
+    print(json.dumps([before, timing.peak()]))
 
 
 def fresh(what, quick):
-    command = [sys.executable, __file__, "--probe", what, "--threads", str(torch.get_num_threads() if torch else 1)] + ["--quick"] * quick
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise ValueError(f"{' '.join(command)} failed: {done.stderr[-1000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return timing.fresh(__file__, ["--probe", what, "--threads", torch.get_num_threads() if torch else 1] + ["--quick"] * quick)
 
 
 def step_memory(quick):
@@ -486,20 +472,8 @@ def nms_memory(R):
 # Measuring and telling
 
 def measure(sides, turns):
-    """Milliseconds of every turn. The first, which compiles, does not count; the sides take turns in going first.
-
-    A side that takes less than SHORT ms runs once untimed before each turn, as in a training loop: its threads have slept meanwhile,
-    and on a virtual machine waking them can take longer than the work.
-    """
-    times, order = {side: [] for side in sides}, list(sides)
-    for turn in range(turns + 1):
-        for side in order[turn % len(order):] + order[:turn % len(order)]:
-            if times[side] and times[side][-1] < SHORT:
-                sides[side]()
-            start = time.perf_counter()
-            sides[side]()
-            times[side].append((time.perf_counter() - start) * 1e3)
-    return {side: np.array(t[1:]) for side, t in times.items()}
+    """Milliseconds of every turn (timing.measure)."""
+    return {side: 1e3 * np.array(t) for side, t in timing.measure(sides, turns).items()}
 
 
 def measured(part, name, make, turns, sgemm):
@@ -641,8 +615,7 @@ if __name__ == "__main__":
     for name in ("turns", "threads"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if args.json and not Path(args.json).absolute().parent.is_dir():
-        parser.error(f"the folder of --json {args.json} must exist")
+    timing.check_json(parser, args.json)
     try:
         main(args)
     except (ValueError, OSError) as error:

@@ -26,18 +26,13 @@ Figures worth quoting need 20 turns and an idle machine.
 """
 import argparse
 import json
-import os
-import platform
-import subprocess
 import sys
 import time
-import tracemalloc
-from pathlib import Path
 from types import SimpleNamespace
 
 import tinydet                                                      # before numpy: sets how BLAS threads wait
-import numba
 import numpy as np
+import timing
 
 from tinydet import data, files, optim, proposals, scenes, to_numpy, use
 from tinydet.backend import array_module
@@ -169,51 +164,13 @@ class Bench:
 
 # Memory, in fresh processes
 
-def peak():
-    """Most memory this process has held since forget_peak, MB. Not ru_maxrss on Linux: that starts with what the parent held."""
-    try:
-        return next(int(s.split()[1]) for s in Path("/proc/self/status").read_text().splitlines() if s.startswith("VmHWM")) / 1024
-    except (OSError, StopIteration):
-        import resource
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
-
-
-def forget_peak():
-    """Drawing the weights takes more memory than some steps: count from what is held now, where the system can (Linux)."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
-
-
 def probe(form, args, put):
     """MB that one step of this form takes: {"traced", "resident"}, on a GPU {"pool"}. Small regions of small images warm up before."""
     bench = Bench(args, put)
     x, regions = bench.pair(1)
     few = [fast_rcnn.Regions(*(v[:20] for v in vars(r).values())) for r in regions]
     bench.sides[form](array_module(x).ascontiguousarray(x[:, :64, :64]), few, np.random.default_rng(0))
-    if array_module(x) is not np:
-        pool = array_module(x).get_default_memory_pool()
-        pool.free_all_blocks()
-        before = pool.used_bytes()
-        bench.sides[form](x, regions, np.random.default_rng(0))
-        return {"pool": (pool.total_bytes() - before) / 2**20}
-    forget_peak()
-    tracemalloc.start()
-    before = peak()
-    bench.sides[form](x, regions, np.random.default_rng(0))
-    after, traced = peak(), tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    return {"traced": traced / 2**20, "resident": after - before}
-
-
-def fresh(form, args):
-    """probe in a process of its own."""
-    command = [sys.executable, __file__, "--probe", json.dumps({**vars(args), "form": form})]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise ValueError(f"{OP}: the process that measures the memory of {form} failed: {done.stderr[-1000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return timing.memory(lambda: bench.sides[form](x, regions, np.random.default_rng(0)), x)
 
 
 # Measuring and telling
@@ -230,13 +187,6 @@ def measure(bench):
             times[form].append(time.perf_counter() - start)
             counts[form].append(count)
     return {k: t[1:] for k, t in times.items()}, {k: float(np.mean(c[1:])) for k, c in counts.items()}
-
-
-def time_told(times):
-    """Medians, their ratios, and the quartiles of the turns' ratios. times: {form: seconds of every turn}."""
-    median = {k: float(np.median(t)) for k, t in times.items()}
-    return {"seconds": median, "ratio": {f"{a} / {b}": median[a] / median[b] for a, b in PAIRS},
-            "quartiles": {f"{a} / {b}": np.quantile(np.divide(times[a], times[b]), (0.25, 0.75)).tolist() for a, b in PAIRS}}
 
 
 def memory_told(found, held):
@@ -273,15 +223,6 @@ def tell(result, table):
     print(f"weights, gradients and velocities, which the ratios of memory count: {memory['held MB']:.1f} MB")
 
 
-def settings(args):
-    """What a reader of the figures must know."""
-    told = {k: v for k, v in vars(args).items() if k not in ("json", "probe")}
-    versions = {"python": platform.python_version(), "tinydet": tinydet.__version__, "numpy": np.__version__, "numba": numba.__version__}
-    environment = {k: os.environ.get(k) for k in ("NUMBA_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OMP_WAIT_POLICY")}
-    return {**told, "images": IMAGES, "batch": BATCH, "cores": os.cpu_count(), "numba threads": numba.get_num_threads(),
-            "environment": environment, "versions": versions}
-
-
 def main(args, put):
     bench = Bench(args, put)
     apart = agree(bench.net, *bench.pair(0))
@@ -290,8 +231,9 @@ def main(args, put):
     times, counts = measure(bench)
     held = bench.held()
     del bench                                                       # its memory is the children's
-    result = {"settings": settings(args), "date": time.strftime("%Y-%m-%d %H:%M"), "agreement": apart, "regions that train": counts,
-              "turns": times, "time": time_told(times), "memory": memory_told({form: fresh(form, args) for form in FORMS}, held),
+    told = {k: v for k, v in vars(args).items() if k not in ("json", "probe")}
+    result = {"settings": {**told, "images": IMAGES, "batch": BATCH, **timing.settings()}, "date": time.strftime("%Y-%m-%d %H:%M"), "agreement": apart, "regions that train": counts,
+              "turns": times, "time": timing.told(times, PAIRS), "memory": memory_told({form: timing.fresh(__file__, ["--probe", json.dumps({**vars(args), "form": form})]) for form in FORMS}, held),
               "paper: s a step, GB": PAPER}
     tell(result, args.table)
     if args.turns < 20:
@@ -318,8 +260,7 @@ def arguments(argv=None):
     for name, least in (("turns", 1), ("regions", 1), ("short", 16), ("seed", 0)):
         if getattr(args, name) < least:
             parser.error(f"--{name} must be at least {least}, got {getattr(args, name)}")
-    if args.json and not Path(args.json).absolute().parent.is_dir():
-        parser.error(f"the folder of --json {args.json} must exist")
+    timing.check_json(parser, args.json)
     return args
 
 
