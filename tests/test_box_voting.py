@@ -74,7 +74,7 @@ def test_an_overlap_at_the_threshold_votes(backend):
     assert_array_equal(run(backend, kept, boxes, np.array([0.5]), threshold=np.nextafter(0.5, 1)), kept)
 
 
-@pytest.mark.parametrize("n", [0, 1, 63, 64, 65, 127, 128, 129, 1000])
+@pytest.mark.parametrize("n", [0, 1, 63, 64, 65, 300])
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 def test_backends_agree_to_the_last_bit_contiguous_or_not(n, dtype):
     (kept, boxes, scores), groups = crowd(n // 3 + 1, n, dtype=dtype)

@@ -90,7 +90,7 @@ def test_prefetch_without_end(workers):
 
 def test_workers_work_side_by_side():
     both = threading.Barrier(3)
-    with prefetch(lambda i: both.wait(timeout=20), 0, 6, workers=3) as steps:
+    with prefetch(lambda i: both.wait(timeout=20) if i < 3 else i, 0, 6, workers=3) as steps:
         assert sorted(next(steps) for _ in range(3)) == [0, 1, 2]
 
 

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -24,8 +26,8 @@ def by_definition(boxes, scores, threshold, inclusive=False, plus_one=False, gro
         kept.append(i)
         survivors = []
         for j in left:
-            inter = np.prod(sides(boxes[i], boxes[j]))
-            union = np.prod(sides(boxes[i], boxes[i])) + np.prod(sides(boxes[j], boxes[j])) - inter
+            inter = math.prod(sides(boxes[i], boxes[j]))
+            union = math.prod(sides(boxes[i], boxes[i])) + math.prod(sides(boxes[j], boxes[j])) - inter
             over = inter >= threshold * union if inclusive else inter > threshold * union
             if not (union > 0 and over and (groups is None or groups[i] == groups[j])):
                 survivors.append(j)

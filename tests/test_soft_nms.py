@@ -92,7 +92,7 @@ def test_fixture_f7(backend, method, kept, decayed):
 
 
 @methods
-@pytest.mark.parametrize("n", [0, 1, 2, 63, 64, 65, 127, 128, 129, 1000])
+@pytest.mark.parametrize("n", [0, 1, 2, 65, 300])
 def test_backends_agree_contiguous_or_not(method, n):
     """Linear: the same bits, in float32 too, as the work is done in float64."""
     for dtype in (np.float64, np.float32):

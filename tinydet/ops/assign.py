@@ -44,7 +44,8 @@ def _best_numba(anchors, boxes, plus_one):
     parts = -(-M // PART)
     box, iou = np.zeros(M, np.int64), np.zeros(M, dtype)            # the zeros stay where all IoUs are 0
     anchor, top = np.zeros((parts, R), np.int64), np.zeros((parts, R), dtype)
-    arrays = np.ascontiguousarray(anchors), np.ascontiguousarray(boxes), dtype.type(plus_one), box, iou, anchor, top
+    arrays = np.ascontiguousarray(anchors).view(), np.ascontiguousarray(boxes), dtype.type(plus_one), box, iou, anchor, top
+    arrays[0].flags.writeable = False                               # as proposals.py keeps them: to Numba another type, compiled anew
     if parts > 1:
         _parts(*arrays)
     else:

@@ -40,7 +40,7 @@ def box_voting(kept_boxes, boxes, scores, threshold=0.5, kept_groups=None, group
         raise ValueError(f"{op}: kept_groups and groups must be given together, got only {only}")
     kept_groups = as_groups(op, "kept_groups", kept_groups, kept_boxes)
     groups = as_groups(op, "groups", groups, boxes)
-    voted = run(kept_boxes.astype(np.float64), boxes.astype(np.float64), scores.astype(np.float64), kept_groups, groups,
+    voted = run(kept_boxes.astype(np.float64, "C"), boxes.astype(np.float64), scores.astype(np.float64), kept_groups, groups,
                 float(threshold), float(plus_one))
     return voted.astype(boxes.dtype)
 
