@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 
@@ -9,7 +10,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from conftest import seeds
 from tinydet.data import Example
-from tinydet.evaluate import ClassResult, average_precision, best_threshold, mean_ap, summary, table, voc
+from tinydet.evaluate import ClassResult, average_precision, best_threshold, loosened_iou, mean_ap, summary, table, voc
 
 
 def example(boxes, labels=None, difficult=None):
@@ -103,8 +104,8 @@ def overlap(a, b):
     return inter / union if union else 0
 
 
-def by_definition(detections, examples, k, iou, eleven_point, strict):
-    """Notes 5.1, one detection after the other over the whole set."""
+def by_definition(detections, examples, k, iou, eleven_point, strict, loosened=False):
+    """Notes 5.1, one detection after the other over the whole set; loosened: the OverFeat notes, 5."""
     positives = sum(int(label == k and not difficult) for e in examples for label, difficult in zip(e.labels, e.difficult))
     ranked = [(-score, image, d) for image, (_, labels, scores) in enumerate(detections)
               for d, (label, score) in enumerate(zip(labels, scores)) if label == k]
@@ -114,7 +115,11 @@ def by_definition(detections, examples, k, iou, eleven_point, strict):
         for g in range(len(e.boxes)):
             if e.labels[g] == k and overlap(detections[image][0][d], e.boxes[g]) > best:
                 best, match = overlap(detections[image][0][d], e.boxes[g]), g
-        if match is None or not (best > iou if strict else best >= iou):
+        least = iou
+        if loosened and match is not None:
+            (x1, y1, x2, y2) = e.boxes[match]
+            least = min(iou, (x2 - x1) * (y2 - y1) / ((x2 - x1 + 10) * (y2 - y1 + 10)))
+        if match is None or not (best > least if strict else best >= least):
             fp += 1
         elif e.difficult[match]:
             pass
@@ -164,6 +169,65 @@ def test_voc_is_the_definition(eleven_point, strict, seed, iou):
         assert_array_equal(r.scores, sorted((s for _, labels, scores in detections for s in scores[labels == k]), reverse=True))
         aps += [ap] if positives else []
     assert_allclose(mean_ap(results), np.mean(aps) if aps else np.nan, rtol=1e-12, atol=1e-15)
+
+
+# Small objects: overfeat notes 5
+
+@pytest.mark.parametrize("eleven_point", [False, True])
+@pytest.mark.parametrize("strict", [False, True])
+@given(seed=seeds, iou=st.sampled_from([0.25, 0.5, 0.75]))
+def test_loosened_voc_is_the_definition(eleven_point, strict, seed, iou):
+    detections, examples = random_case(seed)                        # four times as large, sides of 8, 16 and 24: from 0.198 to 0.498
+    examples = [dataclasses.replace(e, boxes=4 * e.boxes) for e in examples]
+    detections = [(4 * boxes, labels, scores) for boxes, labels, scores in detections]
+    for k, r in enumerate(voc(detections, examples, ["a", "b", "c"], iou, eleven_point, strict, loosened=True).values()):
+        ap, positives, precision, recall = by_definition(detections, examples, k, iou, eleven_point, strict, loosened=True)
+        assert_allclose(r.ap, ap, rtol=1e-12, atol=1e-15)
+        assert r.positives == positives
+        assert_array_equal(r.precision, precision)
+        assert_array_equal(r.recall, recall)
+
+
+def test_loosened_iou_by_hand():
+    objects = np.array([[0, 0, 10, 10], [2, 3, 12, 23], [0, 0, 30, 30], [3, 0, 3, 9], [5, 5, 2, 2]], float)
+    assert_array_equal(loosened_iou(objects), [1 / 4, 1 / 3, 1 / 2, 1 / 2, 1 / 2])       # the last two: no area
+    assert_array_equal(loosened_iou(objects, 0.3), [1 / 4, 0.3, 0.3, 0.3, 0.3])
+    assert_array_equal(loosened_iou(objects, 1), [1 / 4, 1 / 3, 900 / 1600, 1, 1])
+    assert loosened_iou(np.zeros((0, 4))).shape == (0,)
+
+
+@given(w=st.integers(1, 60), h=st.integers(1, 60))
+def test_a_box_five_pixels_larger_on_each_side_just_matches(w, h):
+    true, larger, more = [example([[7, 7, 7 + w, 7 + h]])], [2, 2, 12 + w, 12 + h], [2, 2, 12 + w, 12.001 + h]
+    ap = [voc([found([box], [0.5])], true, "a", 0.99, strict=strict, loosened=True)["a"].ap
+          for box, strict in ((larger, False), (larger, True), (more, False))]
+    assert ap == [1, 0, 0]
+
+
+def test_loosened_by_hand():
+    def precision(true, boxes, loosened=True, **options):
+        return list(voc([found(boxes, -np.arange(len(boxes)))], [true], "a", loosened=loosened, **options)["a"].precision)
+
+    small, wide = [5, 5, 15, 15], [0, 0, 20, 20]                    # IoU 1/4
+    assert precision(example([small]), [wide, small]) == [1, 1 / 2]                     # the second is a duplicate
+    assert precision(example([small]), [wide, small], loosened=False) == [0, 1 / 2]
+    assert precision(example([small]), [wide, small], strict=True) == [0, 1 / 2]
+    assert precision(example([small, [40, 0, 80, 40]], difficult=[True, False]), [wide, [40, 0, 80, 40]]) == [0, 1]     # 0/0, 1/1
+    tall = [0, 0, 10, 36]                                           # IoU 0.28 with the first, which asks for 0.25; 0.4 with the second
+    assert precision(example([[0, 0, 10, 10], [0, 0, 25, 36]]), [tall]) == [0]          # the one that it overlaps most decides
+    assert precision(example([[0, 0, 10, 10]]), [tall]) == [1]
+    assert precision(example([[3, 3, 3, 9]]), [[50, 50, 60, 60], [3, 3, 3, 9]]) == [0, 0]       # nothing matches a box without area
+
+
+@given(seed=seeds, eleven_point=st.booleans(), strict=st.booleans())
+def test_loosening_is_nothing_to_large_objects(seed, eleven_point, strict):
+    detections, examples = random_case(seed)
+    examples = [dataclasses.replace(e, boxes=13 * e.boxes) for e in examples]           # sides from 26 on: 676/1296 > 0.5
+    detections = [(13 * boxes, labels, scores) for boxes, labels, scores in detections]
+    for a, b in zip(voc(detections, examples, "abc", 0.5, eleven_point, strict).values(),
+                    voc(detections, examples, "abc", 0.5, eleven_point, strict, loosened=True).values()):
+        assert_array_equal(a.ap, b.ap)
+        assert_array_equal(a.precision, b.precision)
 
 
 # Properties (notes 7e)

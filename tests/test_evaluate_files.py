@@ -65,7 +65,9 @@ def evaluate(*args, out=None):
 @pytest.mark.parametrize("options, ap", [
     ((), 0.7555555555555555), (("--metric", "all"), 0.7555555555555555), (("--metric", "11"), 0.7636363636363637),
     (("--strict",), 0.6666666666666667), (("--strict", "--metric", "11"), 0.6818181818181817),
-    (("--iou", "0.5"), 0.7555555555555555), (("--iou", "1"), 1 / 6), (("--iou", "0.95", "--strict"), 1 / 6)])
+    (("--iou", "0.5"), 0.7555555555555555), (("--iou", "1"), 1 / 6), (("--iou", "0.95", "--strict"), 1 / 6),
+    (("--loosened",), 0.7555555555555555), (("--loosened", "--strict"), 0.7555555555555555),            # 1/2 is above 400/900
+    (("--iou", "0.95", "--loosened", "--metric", "11"), 0.7636363636363637)])
 def test_voc_worked_example(f9, capsys, options, ap):
     found = evaluate("--voc", f9, "--set", "test", f9 / "dt.json", *options, out=f9 / "out.json")
     assert list(found) == ["mAP", "AP"] and list(found["AP"]) == ["hard", "other", "x"]
@@ -220,6 +222,7 @@ def test_voc_detections_are_checked(f9, change, message):
     (["--coco", "gt.json", "dt.json", "--metric", "all"], "belong to --voc"),
     (["--coco", "gt.json", "dt.json", "--iou", "0.5"], "belong to --voc"),
     (["--coco", "gt.json", "dt.json", "--strict"], "belong to --voc"),
+    (["--coco", "gt.json", "dt.json", "--loosened"], "belong to --voc"),
     (["--coco", "gt.json", "dt.json", "--leave-out", "a"], "belong to --voc"),
     (["--voc", "folder", "--set", "test", "dt.json", "--metric", "12"], "invalid choice"),
     (["--voc", "folder", "--set", "test", "dt.json", "--iou", "half"], "invalid float"),

@@ -19,8 +19,8 @@ from tinydet.coco import annotations, named_results, results
 from tinydet.evaluate_coco import CocoResult, coco, coco_of_examples
 from tinydet.ops import boxes as box_ops
 
-__all__ = ["ClassResult", "CocoResult", "average_precision", "best_threshold", "coco", "coco_of_examples", "match",
-           "mean_ap", "summary", "table", "voc", "voc_files"]
+__all__ = ["ClassResult", "CocoResult", "average_precision", "best_threshold", "coco", "coco_of_examples",
+           "loosened_iou", "match", "mean_ap", "summary", "table", "voc", "voc_files"]
 
 
 @dataclasses.dataclass
@@ -51,7 +51,7 @@ def average_precision(recall, precision, eleven_point=False):
     return float(((r[change + 1] - r[change]) * p[change + 1]).sum())
 
 
-def voc(detections, examples, classes, iou=0.5, eleven_point=False, strict=False, places=None):
+def voc(detections, examples, classes, iou=0.5, eleven_point=False, strict=False, places=None, loosened=False):
     """Evaluate detections of a whole image set, class by class (VOC devkit; ohem notes 5.1).
 
     All detections of a class, best score first (ties: order of images, then of detections). Each looks at the object of its
@@ -60,6 +60,9 @@ def voc(detections, examples, classes, iou=0.5, eleven_point=False, strict=False
     A duplicate is not tried on a second object. recall = TP / non-difficult objects, precision = TP / (TP + FP), 0/0 = 0.
     detections: per image a tuple boxes (D, 4), labels (D,), scores (D,); examples: the tinydet.data.Example, same order.
     places: per image (D,) integers, by which ties between images go instead.
+    loosened: small objects need less overlap, as in ILSVRC (overfeat notes 5): iou gives way to loosened_iou() of the object that
+    the detection overlaps most. CHOICE: VOC's matching stays; ILSVRC's own program looks only at objects that are still free and
+    whose own threshold is met, and takes the largest overlap of those.
     Returns {class name: ClassResult}; mean_ap() averages. A class without objects has AP NaN, one without detections AP 0.
     Raises ValueError if the lists differ in length, or for NaN or infinity. Labels beyond the classes are left out.
     """
@@ -76,7 +79,7 @@ def voc(detections, examples, classes, iou=0.5, eleven_point=False, strict=False
             s = np.asarray(scores, float)[mine]
             b = np.asarray(boxes, float).reshape(-1, 4)[mine]
             order = np.argsort(-s, kind="stable")
-            hit.append(match(b[order], example.boxes[true], example.difficult[true], iou, strict))
+            hit.append(match(b[order], example.boxes[true], example.difficult[true], iou, strict, loosened))
             score.append(s[order])
             place.append(np.full(len(s), i) if places is None else places[i][mine][order])
         hit, score = np.concatenate(hit), np.concatenate(score)
@@ -90,15 +93,25 @@ def voc(detections, examples, classes, iou=0.5, eleven_point=False, strict=False
     return results
 
 
-def match(boxes, objects, difficult, iou, strict):
+def loosened_iou(objects, iou=0.5):
+    """The IoU (R,) that each object of boxes (R, 4) asks for: min(iou, w h / ((w + 10) (h + 10))), sides w, h in pixels (ILSVRC).
+
+    That is what a box 5 pixels larger on each side reaches. A box without area keeps iou, or all would match it.
+    """
+    w, h = (objects[:, 2:] - objects[:, :2]).clip(0).T
+    return np.where(w * h > 0, np.minimum(iou, w * h / ((w + 10) * (h + 10))), iou)
+
+
+def match(boxes, objects, difficult, iou, strict, loosened=False):
     """1 true positive, 0 false positive, -1 does not count; for the detections of one image and class, best first."""
     hit = np.zeros(len(boxes), int)
     if len(objects) == 0:
         return hit
     overlap, taken = box_ops.iou(boxes, objects), np.zeros(len(objects), bool)
+    least = loosened_iou(objects, iou) if loosened else np.full(len(objects), iou)
     for d, row in enumerate(overlap):
         g = int(row.argmax())
-        if row[g] > iou or (row[g] == iou and not strict):
+        if row[g] > least[g] or (row[g] == least[g] and not strict):
             hit[d] = -1 if difficult[g] else int(not taken[g])
             taken[g] = True
     return hit
@@ -138,13 +151,13 @@ def table(results, iou=0.5):
 
 # The command line
 
-def voc_files(folder, split, path, iou=0.5, eleven_point=False, strict=False, leave_out=()):
+def voc_files(folder, split, path, iou=0.5, eleven_point=False, strict=False, leave_out=(), loosened=False):
     """voc() for an image set of a VOC folder and a detection file: {class name: ClassResult}, classes in alphabetical order.
 
     The objects are those of the annotation files as they stand: none is cut at the border or dropped, and no image is opened
     (data.read_voc, for training, does both). Classes are those of all annotations of the folder, so one without objects in the
     set is there, with AP NaN. Ties of scores go by the order of the file. All as in the VOC devkit.
-    leave_out: images of the set that do not count, nor do the detections in them: what wrong annotations cost.
+    leave_out: images of the set that do not count, nor do the detections in them: what wrong annotations cost. loosened: as in voc().
     Raises what data.read_voc raises of the annotations, what coco.named_results raises, and ValueError for a leave_out not in the
     set.
     """
@@ -158,7 +171,7 @@ def voc_files(folder, split, path, iou=0.5, eleven_point=False, strict=False, le
         raise ValueError(f"evaluate.voc_files: leave_out must be images of the set {split}, got {unknown[0]!r}")
     counted = [i for i, e in enumerate(examples) if e.name not in leave_out]
     detections, examples, places = ([values[i] for i in counted] for values in (detections, examples, places))
-    return voc(detections, examples, classes, iou, eleven_point, strict, places)
+    return voc(detections, examples, classes, iou, eleven_point, strict, places, loosened)
 
 
 def arguments(argv=None):
@@ -172,6 +185,7 @@ def arguments(argv=None):
     a("--metric", choices=["all", "11"], help="VOC: area under the curve (all, the default), or 11 recall levels (VOC 2007)")
     a("--iou", type=float, help="VOC: least IoU of a match (0.5)")
     a("--strict", action="store_true", help="VOC: a match needs IoU > --iou, not >=")
+    a("--loosened", action="store_true", help="VOC: small objects need less IoU, as in ILSVRC")
     a("--leave-out", nargs="+", metavar="IMAGE", help="VOC: images of the set that do not count")
     a("--json", metavar="OUT", help="also write the figures here")
     args = parser.parse_args(argv)
@@ -179,8 +193,8 @@ def arguments(argv=None):
         parser.error("give one of --coco GT.json and --voc FOLDER")
     if args.voc is not None and args.set is None:
         parser.error("--voc needs --set, an image set of the folder")
-    if args.coco is not None and (args.set or args.metric or args.iou is not None or args.strict or args.leave_out):
-        parser.error("--set, --metric, --iou, --strict and --leave-out belong to --voc")
+    if args.coco is not None and (args.set or args.metric or args.iou is not None or args.strict or args.loosened or args.leave_out):
+        parser.error("--set, --metric, --iou, --strict, --loosened and --leave-out belong to --voc")
     args.iou = 0.5 if args.iou is None else args.iou
     if not 0 < args.iou <= 1:
         parser.error(f"--iou must lie in 0..1, above 0, got {args.iou:g}")
@@ -195,7 +209,8 @@ def main(args):
         found = coco(truth, results(args.detections, truth))
         lines, figures = found.table(), found.numbers()
     else:
-        found = voc_files(args.voc, args.set, args.detections, args.iou, args.metric == "11", args.strict, args.leave_out or ())
+        found = voc_files(args.voc, args.set, args.detections, args.iou, args.metric == "11", args.strict, args.leave_out or (),
+                          args.loosened)
         lines, means = table(found, args.iou), summary(found)
         figures = {"mAP": means["mean AP50"], "AP": means["AP50"]}    # at --iou, whatever it is
     print("\n".join(lines))
