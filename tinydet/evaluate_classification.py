@@ -54,8 +54,9 @@ def localization_error(guesses, examples, iou=0.5, k=5):
     """ILSVRC's localization error (overfeat notes 4.4): an image is right if one of its guesses has class and place right.
 
     That is: the guess has IoU >= iou with an object of its own class. The first k guesses of an image count; no guess is wrong.
-    guesses: per image a tuple boxes (G, 4), labels (G,), surest first (what follows them is not looked at); examples: the tinydet.data.Example, same order. Difficult
-    objects count as absent (CHOICE: ILSVRC has none); with objects of several classes any of them will do (CHOICE: ILSVRC labels one).
+    guesses: per image a tuple boxes (G, 4), labels (G,), surest first; what follows them is not looked at. examples: the
+    tinydet.data.Example, same order. Difficult objects count as absent (CHOICE: ILSVRC has none); with objects of several classes any
+    of them will do (CHOICE: ILSVRC labels one).
     Raises TypeError if k is no integer; ValueError for k < 1, iou outside 0..1, lists that differ in length, NaN or infinity, an
     image without an object that counts.
     """
