@@ -52,12 +52,12 @@ def arguments(argv=None):
     a("--pixels", choices=common.PIXELS, default="caffe",
       help="whose those weights are: caffe (MSRA's; strides in a block's first convolution), torchvision (%(default)s)")
     a("--side", type=float, default=2.5, help="of the smallest anchors of a level, in strides (%(default)s; the papers: 4)")
-    a("--size", type=common.count, nargs=2, metavar=("HEIGHT", "WIDTH"), help="training images in pixels (scenes 128 128, folders 288 384)")
+    a("--size", type=common.count, nargs=2, metavar=("HEIGHT", "WIDTH"), help="training images in pixels (scenes 192 192, folders 288 384)")
     a("--short", type=common.count, help="short side of a tested image (default: the smaller of --size)")
     a("--views", choices=retinanet.VIEWS, default="crop", help="of training images: SSD's colours, expansion and crops; crops and mirrored; mirrored (%(default)s)")
     a("--upside-down", action="store_true", help="also mirrored top to bottom: for images without an up, such as a microscope's")
     a("--steps", type=common.count, default=800, help="training steps (%(default)s)")
-    a("--batch", type=common.count, default=8, help="images a step (%(default)s)")
+    a("--batch", type=common.count, help="images a step (scenes 16, folders 8)")
     a("--lr", type=float, default=0.2, help="largest learning rate (%(default)s)")
     a("--decay-at", type=common.count, nargs="+", metavar="STEP", help="the rate falls to a tenth at these steps (default: along a cosine)")
     a("--warmup", type=common.count, metavar="STEPS", help="in which the rate rises (default: a twentieth of the steps)")
@@ -70,7 +70,8 @@ def arguments(argv=None):
     if chosen.preset:
         parser.set_defaults(**PRESETS[chosen.preset])
     args = parser.parse_args(argv)
-    args.size = args.size or ([288, 384] if args.data else [128, 128])
+    args.size = args.size or ([288, 384] if args.data else [192, 192])
+    args.batch = args.batch or (8 if args.data else 16)
     args.short = args.short or min(args.size)
     args.warmup = args.warmup or args.steps // 20
     args.measure_every = args.measure_every or -(-args.steps // 5)
