@@ -23,18 +23,22 @@ from pathlib import Path
 import common                                                       # before numpy, as tinydet: sets how BLAS threads wait
 import numpy as np
 
-from tinydet import augment, backend, data, draw, optim, train
+from tinydet import augment, backend, checks, data, draw, optim, train
 from tinydet.backend import array_module
 from tinydet.models import retinanet, retinanet_weights
 from tinydet.ops import ap_loss
 from tinydet.summary import summary
 
 
-# The papers' settings (notes, sec. 5); steps are their epochs: of 16,551 images (07+12 trainval) and of COCO's 117,266 with objects. Their
-# crops may have a least overlap of 0.1, 0.3, 0.7 or 0.9; augment.CROPS has SSD's
-VOC = {"table": "resnet50", "size": [512, 512], "short": 500, "batch": 16, "lr": 0.001, "steps": 165510, "decay_at": [113788, 144821], "warmup": 500,
-       "clip": 0, "views": "ssd", "side": 4.0, "weight_decay": 1e-4, "nms": 0.5, "limit": 100, "train_set": "trainval", "eval_set": "test"}
+# The papers' settings (ap-loss notes, sec. 5); steps are their epochs: of 16,551 images (07+12 trainval) and of COCO's 117,266 with objects.
+# Other than there (CHOICE): the 16 images of a step are ranked in one list, not 8 on each of two GPUs; they are drawn anew for each step, not
+# by epochs, also such without objects; anchors on difficult and crowd objects are ignored, not background. VOC07's figure is the 11-point one:
+# python -m tinydet.evaluate --metric 11
+VOC = {"table": "resnet50", "size": [512, 512], "short": 500, "longest": 833, "batch": 16, "lr": 0.001, "steps": 165510,
+       "decay_at": [113788, 144821], "warmup": 500, "clip": 0, "views": "ssd", "side": 4.0, "weight_decay": 1e-4, "nms": 0.5, "limit": 100,
+       "train_set": "trainval", "eval_set": "test"}
 PRESETS = {"voc": VOC, "coco": {**VOC, "steps": 732912, "decay_at": [439748, 586330], "train_set": "train2017", "eval_set": "val2017"}}
+DELTA = ("ap", "auc", "smooth_ap")                                  # losses with a step
 
 
 def arguments(argv=None):
@@ -43,7 +47,7 @@ def arguments(argv=None):
     common.add_arguments(parser, "ap_loss")
     a("--preset", choices=PRESETS, help="the papers' settings; those given beside it win")
     a("--loss", choices=retinanet.LOSSES, default="ap", help="of the classes (%(default)s)")
-    a("--delta", type=float, default=1.0, help="half width of AP-loss's step (%(default)s)")
+    a("--delta", type=float, default=1.0, help="half width of the step of ap, auc and smooth_ap (%(default)s)")
     a("--plain", action="store_true", help="AP-loss without interpolation")
     a("--per-image", action="store_true", help="rank each image alone, not the batch")
     a("--box-weight", type=float, default=1.0, help="of the box loss (%(default)s)")
@@ -54,6 +58,7 @@ def arguments(argv=None):
     a("--side", type=float, default=2.5, help="of the smallest anchors of a level, in strides (%(default)s; the papers: 4)")
     a("--size", type=common.count, nargs=2, metavar=("HEIGHT", "WIDTH"), help="training images in pixels (scenes 192 192, folders 288 384)")
     a("--short", type=common.count, help="short side of a tested image (default: the smaller of --size)")
+    a("--longest", type=common.count, help="limit of its long side (default: twice the short one)")
     a("--views", choices=retinanet.VIEWS, default="crop", help="of training images: SSD's colours, expansion and crops; crops and mirrored; mirrored (%(default)s)")
     a("--upside-down", action="store_true", help="also mirrored top to bottom: for images without an up, such as a microscope's")
     a("--steps", type=common.count, default=800, help="training steps (%(default)s)")
@@ -73,6 +78,7 @@ def arguments(argv=None):
     args.size = args.size or ([288, 384] if args.data else [192, 192])
     args.batch = args.batch or (8 if args.data else 16)
     args.short = args.short or min(args.size)
+    args.longest = args.longest or 2 * args.short
     args.warmup = args.warmup or args.steps // 20
     args.measure_every = args.measure_every or -(-args.steps // 5)
     common.check(parser, args)
@@ -82,10 +88,18 @@ def arguments(argv=None):
         parser.error(f"--preset {args.preset} needs --data and --pretrained")
     if not 0 <= args.clip < math.inf:
         parser.error(f"--clip must be finite and not negative, got {args.clip}")
+    if not 0 <= args.box_weight < math.inf:
+        parser.error(f"--box-weight must be finite and not negative, got {args.box_weight}")
+    if args.decay_at and max(args.decay_at) >= args.steps:
+        parser.error(f"--decay-at must lie below --steps {args.steps}, got {max(args.decay_at)}")
     if args.warmup >= args.steps:
         parser.error(f"--warmup must be less than --steps {args.steps}, got {args.warmup}")
-    if (args.plain or args.delta != 1) and args.loss != "ap":
-        parser.error(f"--plain and --delta are settings of --loss ap, got --loss {args.loss}")
+    if args.delta != 1 and args.loss not in DELTA or args.plain and args.loss != "ap":
+        parser.error(f"--delta is a setting of --loss {', '.join(DELTA)}, --plain of --loss ap, got --loss {args.loss}")
+    try:
+        checks.half_width("--delta", args.delta, args.loss != "smooth_ap")
+    except ValueError as error:
+        parser.error(str(error))
     return args
 
 
@@ -100,19 +114,20 @@ def main(args, put):
     examples, held_out, classes = common.read(args)
     mean, std = common.PIXELS[args.pixels][:2] if args.pretrained else ((v,) * 3 for v in data.mean_std(examples))
     spec = retinanet.Spec(tuple(classes), args.table, args.pixels == "caffe", mean, std, args.side)
-    testing = retinanet.Testing(args.short, 2 * args.short, nms=args.nms, limit=args.limit)
+    testing = retinanet.Testing(args.short, args.longest, nms=args.nms, limit=args.limit)
     net = retinanet.RetinaNet(spec, np.random.default_rng(args.seed), pretrained=bool(args.pretrained))
     if args.pretrained:
         retinanet_weights.load_published(net, args.pretrained, common.PIXELS[args.pixels][2])
     net.to(put)
     optimizer = optim.SGD(net, 0.9, args.weight_decay, clip=args.clip or None)
-    run = train.Run(Path(args.out) / args.name, common.settings(args, "nms", "limit", "short"), args.resume)
+    run = train.Run(Path(args.out) / args.name, common.settings(args, "nms", "limit", "short", "longest"), args.resume)
     height, width = args.size
     boxes = retinanet.anchors(spec, height, width)
     print(f"{len(examples)} training and {len(held_out)} evaluation images, {len(classes)} classes, {len(boxes)} anchors an image")
     print(summary(net.parts["backbone"], (1, height, width, 3)), flush=True)
     axes = augment.colour_axes(examples) if args.views == "ssd" else None
-    options = {"delta": args.delta, "interpolated": not args.plain} if args.loss == "ap" else {}
+    options = {"delta": args.delta} if args.loss in DELTA else {}
+    options |= {"interpolated": not args.plain} if args.loss == "ap" else {}
 
     def prepare(i):
         rng = np.random.default_rng([args.seed, i])
@@ -130,13 +145,15 @@ def main(args, put):
         xp = array_module(scores)
         answers = retinanet.entries(xp.asarray(np.stack([t.labels for t in targets])), len(classes))
         pull = [backend.scalar((abs(dscores) * (answers == k)).sum(dtype=np.float64)) for k in (1, 0)]
-        return {**values, "ranking_ap": 1 - ap_loss.ap_loss(scores, answers, 0.0)[0], "pull_positive": pull[0], "pull_negative": pull[1]}
+        ranking = {"ranking_ap": 1 - ap_loss.ap_loss(scores, answers, 0.0)[0]} if values["positives"] else {}
+        return {**values, **ranking, "pull_positive": pull[0], "pull_negative": pull[1]}
 
     def measure(i):
         detections = [retinanet.detect(net, e.image(), testing) for e in held_out]
         since = [r for r in run.metrics() if (i - 1) // args.measure_every * args.measure_every < r["step"] <= i]
-        return detections, common.measure(run, i, detections, held_out, classes, ranking_ap=sum(r["ranking_ap"] for r in since) / len(since),
-                                          pull_ratio=math.exp(np.mean(pull_ratios(since))) if pull_ratios(since) else float("nan"))
+        ranked, ratios = [r["ranking_ap"] for r in since if "ranking_ap" in r], pull_ratios(since)
+        return detections, common.measure(run, i, detections, held_out, classes, ranking_ap=float(np.mean(ranked)) if ranked else float("nan"),
+                                          pull_ratio=math.exp(np.mean(ratios)) if ratios else float("nan"))
 
     schedule = (optim.step_schedule(args.lr, args.decay_at, 0.1, args.warmup) if args.decay_at
                 else optim.cosine_schedule(args.lr, args.steps, args.warmup))
@@ -144,7 +161,7 @@ def main(args, put):
 
     detections, curve = measure(args.steps)
     draw.measurements(curve, ("mean AP50", "ranking_ap", "pull_ratio"), run.folder / "curve.png")
-    draw.loss_curves(run.metrics(), ("ranking_ap",), run.folder / "ranking.png", "ranking of the training batch", "average precision")
+    draw.loss_curves([r for r in run.metrics() if "ranking_ap" in r], ("ranking_ap",), run.folder / "ranking.png", "ranking of the training batch", "average precision")
     draw.loss_curves(run.metrics(), ("pull_positive", "pull_negative"), run.folder / "pull.png", "gradient of the scores, summed by label", "sum of sizes")
     ratios = pull_ratios(run.metrics())
     return common.finish(run, args, detections, held_out, classes, ("loss", "class_loss", "box_loss"),

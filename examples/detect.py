@@ -52,7 +52,10 @@ def load(args, put):
     if model == "retinanet":
         net, settings = retinanet.load(args.weights)
         net.to(put)
-        testing = retinanet.Testing(**settings.get("testing", {}))
+        try:
+            testing = retinanet.Testing(**settings.get("testing", {}))
+        except TypeError as error:
+            raise ValueError(f"detect: {args.weights} must hold settings of examples/ap_loss.py, got: {error}") from None
         return net, settings, lambda image, stem: retinanet.detect(net, image, testing)
     if model == "overfeat":
         net, settings = overfeat.load(args.weights)

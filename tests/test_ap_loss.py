@@ -326,6 +326,15 @@ def test_score_shift_between_images_counts_only_when_pooled(backend):
     assert_allclose(run(backend, s, t, 0.5)[0], 1 / 6, rtol=1e-12)
 
 
+@pytest.mark.parametrize("delta", [np.float32(0.5), np.int64(1), np.float64(0)])
+def test_delta_of_any_number_and_no_minus_zero(delta):
+    s, t = np.array([1.0, -9]), np.array([1, 0])
+    for backend in ("numpy", "numba"):
+        value, g = run(backend, s, t, delta)
+        assert math.copysign(1, value) == 1 and value == 0 and not np.signbit(g).any()
+        assert run(backend, s, t[::-1], delta)[0] == run(backend, s, t[::-1], float(delta))[0]
+
+
 @backends
 def test_shape_is_kept(backend):
     s, t = np.array(EXACT["E7"][0]).reshape(2, 2, 2), np.array(EXACT["E7"][1]).reshape(2, 2, 2)
@@ -485,6 +494,7 @@ def test_more_positives_than_a_gpu_takes_give_nan(backend, monkeypatch):
     (dict(delta=np.nan), ValueError, r"delta must be 0 or lie in \[1e-100, 1e100\], got nan"),
     (dict(delta=np.inf), ValueError, r"delta must be 0 or lie in \[1e-100, 1e100\], got inf"),
     (dict(delta=1e-101), ValueError, r"delta must be 0 or lie in \[1e-100, 1e100\], got 1e-101"),
+    (dict(delta=None), TypeError, "delta must be a number, got None"),
     (dict(interpolated=1), TypeError, "interpolated must be True or False, got 1"),
 ])
 def test_errors(change, error, message):

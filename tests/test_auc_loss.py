@@ -133,8 +133,10 @@ def test_array_code_makes_nan_of_scores_that_are_not_finite(value):
     (dict(labels=np.zeros((2, 1), int)), ValueError, r"labels must have shape \(2,\), got \(2, 1\)"),
     (dict(labels=np.array([0, 2])), ValueError, r"labels must be -1, 0 or 1, got 0\.\.2"),
     (dict(scores=np.array([0, np.inf])), ValueError, "scores must be finite where labels are 0 or 1, got inf"),
-    (dict(delta=-1), ValueError, "delta must be finite and at least 0, got -1"),
-    (dict(delta=np.nan), ValueError, "delta must be finite and at least 0, got nan"),
+    (dict(scores=np.array([0, -1e101])), ValueError, r"scores must lie in \[-1e\+100, 1e\+100\] where labels are 0 or 1, got 1e\+101"),
+    (dict(delta=5e-324), ValueError, "delta must be 0 or lie in"), (dict(delta=None), TypeError, "delta must be a number, got None"),
+    (dict(delta=-1), ValueError, r"delta must be 0 or lie in \[1e-100, 1e100\], got -1"),
+    (dict(delta=np.nan), ValueError, r"delta must be 0 or lie in \[1e-100, 1e100\], got nan"),
 ])
 def test_errors(change, error, message):
     with pytest.raises(error, match=r"^auc_loss\.auc_loss: " + message):

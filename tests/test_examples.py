@@ -273,11 +273,57 @@ def test_ap_loss_leaves_everything_in_the_run_folder_and_detects_again(voc, tmp_
     (["--preset", "voc", "--data", "d"], "--preset voc needs --data and --pretrained"),
     (["--clip", "-1"], "--clip must be finite and not negative, got -1.0"),
     (["--steps", "10", "--warmup", "10"], "--warmup must be less than --steps 10, got 10"),
-    (["--loss", "focal", "--delta", "0.5"], "--plain and --delta are settings of --loss ap"), (["--nms", "2"], "--nms must lie in"), (["--size", "64"], "expected 2")])
+    (["--loss", "focal", "--delta", "0.5"], "--delta is a setting of --loss ap, auc, smooth_ap, --plain of --loss ap, got --loss focal"),
+    (["--delta", "-1"], "--delta: delta must be 0 or lie in"), (["--loss", "smooth_ap", "--delta", "0"], "--delta: delta must lie in"),
+    (["--loss", "auc", "--plain"], "--plain of --loss ap, got --loss auc"), (["--box-weight", "nan"], "--box-weight must be finite"),
+    (["--steps", "100", "--decay-at", "70", "100"], "--decay-at must lie below --steps 100, got 100"), (["--nms", "2"], "--nms must lie in"), (["--size", "64"], "expected 2")])
 def test_bad_settings_of_ap_loss_are_said(tmp_path, args, message, capsys):
     with pytest.raises(SystemExit):
         module("ap_loss").arguments(args)
     assert message in capsys.readouterr().err
+
+
+def test_every_setting_of_ap_loss_arrives(voc, tmp_path, monkeypatch):
+    asked, views, tested, ap = [], [], [], []
+
+    def loss(scores, deltas, targets, *how, real=retinanet.loss, **options):
+        asked.append((*how, options))
+        labels = np.stack([t.labels for t in targets])[..., None]
+        true = np.where(labels < 0, -1, labels == np.arange(scores.shape[2])).ravel()
+        s, true = scores.ravel()[true >= 0], true[true >= 0]
+        order = np.argsort(-s, kind="stable")                       # scores of a new net differ, nearly all
+        precision = np.cumsum(true[order]) / np.arange(1, len(s) + 1)
+        ap.append(np.mean(np.maximum.accumulate(precision[::-1])[::-1][true[order] == 1]))
+        return real(scores, deltas, targets, *how, **options)
+
+    def training_view(*args, real=retinanet.training_view, **more):
+        views.append((args[3:], {k: v is not None for k, v in more.items()}))
+        return real(*args, **more)
+
+    monkeypatch.setattr(retinanet, "loss", loss)
+    monkeypatch.setattr(retinanet, "training_view", training_view)
+    monkeypatch.setattr(retinanet, "detect", lambda net, image, testing, real=retinanet.detect: tested.append(testing) or real(net, image, testing))
+    program = module("ap_loss")
+    words = ["--data", voc, "--steps", 1, "--batch", 2, "--size", 64, 96, "--delta", 0.5, "--plain", "--per-image", "--upside-down", "--views", "mirror",
+             "--box-weight", 0.25, "--short", 60, "--longest", 80, "--nms", 0.3, "--limit", 7, "--out", tmp_path]
+    with tinydet.use("numba") as put:
+        program.main(program.arguments([str(w) for w in words]), put)
+    assert asked == [("ap", True, 0.25, {"delta": 0.5, "interpolated": False})]
+    assert views == [((64, 96, "mirror", True), {"axes": False})] * 2
+    assert {dataclasses.astuple(t) for t in tested} == {(60, 80, 32, 1000, 0.01, 0.3, 7)}
+    record = json.loads((tmp_path / "ap_loss" / "metrics.jsonl").read_text())
+    assert record["ranking_ap"] == pytest.approx(ap[0], rel=0.02)   # ties of untrained scores
+
+
+def test_ap_loss_trains_without_any_object(tmp_path, monkeypatch):
+    program = module("ap_loss")
+    examples = [dataclasses.replace(e, difficult=np.ones(len(e.boxes), bool)) for e in scenes.scenes(3, seed=0)]
+    monkeypatch.setattr(program.common, "read", lambda args: (examples, examples[:1], scenes.CLASSES))
+    with tinydet.use("numba") as put:
+        program.main(program.arguments(["--steps", "2", "--batch", "2", "--size", "48", "48", "--measure-every", "1", "--out", str(tmp_path)]), put)
+    result = json.loads((tmp_path / "ap_loss" / "results.json").read_text())
+    assert [p["ranking_ap"] for p in result["curve"]] == [None, None] and result["imbalance"] is None
+    assert all("ranking_ap" not in json.loads(line) for line in (tmp_path / "ap_loss" / "metrics.jsonl").read_text().splitlines())
 
 
 @pytest.mark.parametrize("pixels", ["caffe", "torchvision"])
@@ -290,6 +336,7 @@ def test_ap_loss_takes_published_weights_of_either_kind(voc, tmp_path, monkeypat
     args = program.arguments([str(v) for v in (
         "--preset", "voc", "--data", voc, "--pretrained", tmp_path / "resnet.npz", "--pixels", pixels, "--out", tmp_path, "--train-set", "train", "--eval-set",
         "val", "--steps", 3, "--warmup", 2, "--decay-at", 2, "--batch", 2, "--size", 64, 64, "--lr", 3e-5)])
+    assert args.longest == 833
     assert (args.short, args.weight_decay, args.nms, args.limit, args.loss, args.side, args.clip, args.views) == (
         500, 1e-4, 0.5, 100, "ap", 4, 0, "ssd")
     args.short = 64

@@ -361,6 +361,24 @@ def test_images_without_objects_train_to_finite_numbers(tiny, name):
     assert values["loss"] == 0 and not dscores.any()
 
 
+def test_wrong_boxes_overlaps_and_weights_are_named(tiny):
+    anchors = retinanet.anchors(SPEC, 16, 16)
+    with pytest.raises(ValueError, match=r"^retinanet\.label: boxes must have area, got \[5\.0, 5\.0, 5\.0, 9\.0\]"):
+        retinanet.label(SPEC, anchors, np.array([[5.0, 5, 5, 9]]), np.array([0]))
+    for negative, positive in ((0.6, 0.3), (0.4, np.nan), (-0.1, 0.5)):
+        with pytest.raises(ValueError, match=r"^retinanet\.label: negative and positive must be overlaps"):
+            retinanet.label(SPEC, anchors, np.zeros((0, 4)), np.zeros(0, int), None, positive, negative)
+    net = make()
+    x, targets = given(net, 1, 16, 16)
+    scores, deltas, _ = net.forward(x)
+    for weight in (-1, np.nan, np.inf):
+        with pytest.raises(ValueError, match=r"^retinanet\.loss: box_weight must be finite and not negative"):
+            retinanet.loss(scores, deltas, targets, box_weight=weight)
+    targets[0].labels[3] = 7
+    with pytest.raises(ValueError, match=r"^retinanet\.loss: labels of targets must lie in -1\.\.\d, got .*7"):
+        retinanet.loss(scores, deltas, targets)
+
+
 def test_wrong_losses_and_targets_are_named(tiny):
     scores, deltas = np.zeros((2, 3, 1)), np.zeros((2, 3, 4))
     with pytest.raises(ValueError, match=r"^retinanet\.loss: name must be one of ap, auc, smooth_ap, focal, ce, got 'hinge'"):
@@ -587,3 +605,44 @@ def test_published_nets_at_full_size(table, size):
     boxes = retinanet.anchors(net.spec, 512, 512)
     assert len(boxes) == 32736                                          # notes, sec. 3
     assert_allclose([boxes[2, 2] - boxes[2, 0], boxes[-3, 2] - boxes[-3, 0]], [32, 512 * 2 ** 0.5])
+
+
+def test_defaults_are_those_of_the_notes():
+    assert dataclasses.astuple(retinanet.Testing()) == (500, 833, 32, 1000, 0.01, 0.5, 100)
+    spec = Spec(("a",))
+    assert (spec.side, spec.octaves, spec.ratios, spec.target_std, spec.prior) == (4.0, (1.0, 2 ** 0.5), (0.5, 1.0, 2.0), (0.1, 0.1, 0.2, 0.2), 0.01)
+    for name in ("resnet50", "resnet101"):
+        table = retinanet.TABLES[name]
+        assert (table.channels, table.depth, table.top, table.std) == (256, 4, 7, 0.01)
+
+
+def test_weights_are_drawn_as_the_notes_have_it(monkeypatch):
+    """Standard deviations of many weights: heads 0.01 and 0.001, pyramid 1 / sqrt(inputs), backbone He's."""
+    monkeypatch.setitem(retinanet.TABLES, "resnet50", Table((8, 8, 8, 8, 8), (1, 1, 1, 1), 64, 1, 7))
+    net = RetinaNet(Spec(tuple("abcdefgh"), "resnet50"), np.random.default_rng(0))
+    for name, std in (("classifier.layer.conv1", 0.01), ("classifier.layer.out", 0.01), ("regressor.layer.out", 0.001),
+                      ("pyramid.output3", 1 / np.sqrt(9 * 64)), ("pyramid.lateral4", 1 / np.sqrt(32)), ("backbone.C3.0.sum.branch.conv1", np.sqrt(2 / 32))):
+        w = net.params[f"{name}.w"]
+        assert w.size > 200 and w.std() == pytest.approx(std, rel=0.12), name
+    assert_allclose(net.params["classifier.layer.out.b"], -np.log(99), rtol=1e-6)
+    assert not net.params["regressor.layer.out.b"].any()
+
+
+LOSSES = [4.545170363383628, 3.695216194831688, 3.021479416147253, 1.9940896735145492]
+
+
+def test_the_first_losses_of_a_seeded_run_are_those_stored():
+    """Small net, float64, AP-loss: four steps of SGD; a change of any part of the way shows."""
+    with use("numpy"):
+        net = make(table="small")
+        optimizer, found = optim.SGD(net, 0.9, 1e-4), []
+        boxes = retinanet.anchors(net.spec, 48, 64)
+        for i in range(4):
+            rng = np.random.default_rng([0, i])
+            views = [retinanet.training_view(net.spec, e, rng, 48, 64, "crop", True) for e in EXAMPLES[:2]]
+            scores, deltas, cache = net.forward(net.normalise(np.stack([v[0] for v in views])), True)
+            values, dscores, ddeltas = retinanet.loss(scores, deltas, [retinanet.label(net.spec, boxes, *v[1:]) for v in views])
+            net.backward(dscores, ddeltas, cache)
+            optimizer.step(0.05)
+            found.append(values["loss"])
+    assert_allclose(found, LOSSES, rtol=1e-6)

@@ -118,8 +118,9 @@ def test_no_positive_or_no_negative_gives_zeros(backend, labels):
     (dict(labels=np.zeros((2, 1), int)), ValueError, r"labels must have shape \(2,\), got \(2, 1\)"),
     (dict(labels=np.array([0, 2])), ValueError, r"labels must be -1, 0 or 1, got 0\.\.2"),
     (dict(scores=np.array([0, np.inf])), ValueError, "scores must be finite where labels are 0 or 1, got inf"),
-    (dict(delta=0), ValueError, "delta must be finite and above 0, got 0"),
-    (dict(delta=np.inf), ValueError, "delta must be finite and above 0, got inf"),
+    (dict(delta=0), ValueError, r"delta must lie in \[1e-100, 1e100\], got 0"),
+    (dict(delta="1"), TypeError, "delta must be a number, got '1'"),
+    (dict(delta=np.inf), ValueError, r"delta must lie in \[1e-100, 1e100\], got inf"),
 ])
 def test_errors(change, error, message):
     with pytest.raises(error, match=r"^smooth_ap\.smooth_ap: " + message):

@@ -20,19 +20,20 @@ TRIES = 50
 
 # Chains
 
-def ssd(image, boxes, labels, rng, size, mean, axes=None):
+def ssd(image, boxes, labels, rng, size, mean, axes=None, most=4.0):
     """SSD's augmentation in AP-loss's order: photometric, expand, IoU crop, mirror, warp to size x size (ap-loss notes, 5).
 
-    size: pixels. mean: the colour (number or (3,), RGB, 0..255) around expanded images; subtract_mean is a step of its own, so
+    size: pixels, or (width, height). most: of the expansion. mean: the colour (number or (3,), RGB, 0..255) around expanded images; subtract_mean is a step of its own, so
     that batches wait as uint8. axes: from colour_axes, for PCA lighting; None leaves that out.
     labels: (R,) or (R, n), one row a box, dropped with it (np.stack([labels, difficult], 1) keeps both aligned).
     Returns image uint8 (size, size, 3), boxes, labels.
     """
     image = photometric(image, rng, axes)
-    image, boxes = expand(image, boxes, rng, mean)
+    image, boxes = expand(image, boxes, rng, mean, most=most)
     image, boxes, kept = iou_crop(image, boxes, rng)
     image, boxes = random_flip(image, boxes, rng)
-    image, boxes = resize(image, boxes, size, size, INTERPOLATIONS[rng.integers(len(INTERPOLATIONS))])
+    width, height = size if isinstance(size, tuple) else (size, size)
+    image, boxes = resize(image, boxes, width, height, INTERPOLATIONS[rng.integers(len(INTERPOLATIONS))])
     return image, boxes, labels[kept]
 
 

@@ -106,6 +106,24 @@ def finite(op, **arrays):
             raise ValueError(f"{op}: {name} must be finite, got NaN or infinity")
 
 
+def ranked(op, scores, labels):
+    """Raise ValueError unless all scores that count (labels 0 and 1) are finite; on the host alone."""
+    if on_host(scores) and not (np.isfinite(scores) | (labels < 0)).all():
+        bad = scores[(labels >= 0) & ~np.isfinite(scores)][0]
+        raise ValueError(f"{op}: scores must be finite where labels are 0 or 1, got {bad}")
+
+
+def half_width(op, delta, zero=True):
+    """The half width delta of a ranking loss's step as a float. Raises TypeError or ValueError unless it is a number from 1e-100 to 1e100,
+    or 0 where that is allowed."""
+    if not isinstance(delta, (int, float, np.integer, np.floating)) or isinstance(delta, bool):
+        raise TypeError(f"{op}: delta must be a number, got {delta!r}")
+    delta = float(delta)
+    if not (zero and delta == 0 or 1e-100 <= delta <= 1e100):
+        raise ValueError(f"{op}: delta must {'be 0 or ' * zero}lie in [1e-100, 1e100], got {delta:g}")
+    return delta
+
+
 def integers(op, name, x, shape):
     """Raise unless x is an array of integers of that shape (TypeError for the dtype, ValueError for the shape)."""
     array(op, name, x)

@@ -329,8 +329,12 @@ def label(spec, anchors, boxes, labels, difficult=None, positive=0.5, negative=0
         checks.float_array(op, name, found, "(R, 4)")
         checks.finite(op, **{name: found})
     checks.integers(op, "labels", labels, (len(boxes),))
+    if not 0 <= negative <= positive <= 1:
+        raise ValueError(f"{op}: negative and positive must be overlaps, 0 <= negative <= positive <= 1, got {negative}, {positive}")
     if not ((labels >= 0) & (labels < spec.background)).all():
         raise ValueError(f"{op}: labels must lie in 0..{spec.background - 1}, got {labels.min()}..{labels.max()}")
+    if not (boxes[:, 2:] > boxes[:, :2]).all():
+        raise ValueError(f"{op}: boxes must have area, got {boxes[~(boxes[:, 2:] > boxes[:, :2]).all(1)][0].tolist()}")
     if difficult is not None and (np.shape(difficult), np.asarray(difficult).dtype) != ((len(boxes),), bool):
         raise ValueError(f"{op}: difficult must be {len(boxes)} booleans, got {difficult!r}")
     anchors, boxes = anchors.astype(np.float64, copy=False), boxes.astype(np.float64, copy=False)
@@ -395,9 +399,9 @@ def loss(scores, deltas, targets, name="ap", per_image=False, box_weight=1.0, **
     The entries of the batch are ranked, or counted, together, across images, levels and classes (notes, sec. 1.2 and 2.5);
     per_image=True: those of each image alone, the mean over the images.
     Returns a dict of numbers (loss, class_loss, box_loss, positives: anchors that hold an object) and dscores, ddeltas. For "ap"
-    dscores is the paper's update, no derivative (ops/ap_loss.py). On a GPU all stays there, the losses too. The papers' code skips a step whose loss is exactly 0, for which a GPU would have to be waited for: not so here
-    (CHOICE).
-    Raises ValueError for another name and for targets that do not fit.
+    dscores is the paper's update, no derivative (ops/ap_loss.py). On a GPU all stays there, the losses too. The papers' code skips a
+    step whose loss is exactly 0, for which a GPU would have to be waited for: not so here (CHOICE).
+    Raises ValueError for another name, targets that do not fit, and a box_weight that is not finite or below 0.
     """
     op = "retinanet.loss"
     if name not in LOSSES:
@@ -405,8 +409,12 @@ def loss(scores, deltas, targets, name="ap", per_image=False, box_weight=1.0, **
     N, A, K = scores.shape
     if [len(t.labels) for t in targets] != [A] * N:
         raise ValueError(f"{op}: targets must be {N}, of {A} anchors each, got {[len(t.labels) for t in targets]}")
+    if not 0 <= box_weight < np.inf:
+        raise ValueError(f"{op}: box_weight must be finite and not negative, got {box_weight}")
     xp = array_module(scores)
     classes = np.stack([t.labels for t in targets]) if N else np.zeros((0, A), np.int64)
+    if classes.size and not -1 <= classes.min() <= classes.max() <= K:
+        raise ValueError(f"{op}: labels of targets must lie in -1..{K}, got {classes.min()}..{classes.max()}")
     held = ((classes >= 0) & (classes < K)).reshape(-1)
     wanted = np.concatenate([np.zeros((0, 4)), *(t.deltas for t in targets)]).astype(scores.dtype.name)
     labels = entries(xp.asarray(classes), K)
@@ -437,18 +445,15 @@ def training_view(spec, example, rng, height, width, views="ssd", upside_down=Fa
     if views not in VIEWS:
         raise ValueError(f"retinanet.training_view: views must be one of {', '.join(VIEWS)}, got {views!r}")
     image, boxes, kept = example.image(), example.boxes, np.arange(len(example.boxes))
-    how = augment.INTERPOLATIONS[1]
     if views == "ssd":
-        image = augment.photometric(image, rng, axes)
-        image, boxes = augment.expand(image, boxes, rng, spec.mean, most=most)
-        image, boxes, kept = augment.iou_crop(image, boxes, rng)
-        how = augment.INTERPOLATIONS[rng.integers(len(augment.INTERPOLATIONS))]
-    elif views == "crop":
-        image, boxes, kept = augment.random_crop(image, boxes, rng)
-    image, boxes = augment.random_flip(image, boxes, rng)
+        image, boxes, kept = augment.ssd(image, boxes, kept, rng, (width, height), spec.mean, axes, most)
+    else:
+        if views == "crop":
+            image, boxes, kept = augment.random_crop(image, boxes, rng)
+        image, boxes = augment.random_flip(image, boxes, rng)
+        image, boxes = augment.resize(image, boxes, width, height)
     if upside_down:
         image, boxes = augment.random_flip(image, boxes, rng, upside_down=True)
-    image, boxes = augment.resize(image, boxes, width, height, how)
     return image, boxes, example.labels[kept], example.difficult[kept]
 
 

@@ -41,26 +41,17 @@ def ap_loss(scores, labels, delta=1.0, interpolated=True):
     op = "ap_loss.ap_loss"
     checks.float_array(op, "scores", scores)
     checks.ternary(op, labels, scores.shape)
-    finite(op, scores, labels)
-    if not (delta == 0 or 1e-100 <= delta <= 1e100):
-        raise ValueError(f"{op}: delta must be 0 or lie in [1e-100, 1e100], got {delta}")
+    checks.ranked(op, scores, labels)
+    delta = checks.half_width(op, delta)
     if not isinstance(interpolated, bool):
         raise TypeError(f"{op}: interpolated must be True or False, got {interpolated!r}")
     run = pick(scores, numpy=_ap_loss_numpy, numba=_ap_loss_numba, cuda=_ap_loss_cuda)
-    return run(scores, labels, float(delta), interpolated)
-
-
-def finite(op, scores, labels):
-    """Raise ValueError unless all scores that count (labels 0 and 1) are finite; on the host alone."""
-    if checks.on_host(scores) and not (np.isfinite(scores) | (labels < 0)).all():
-        bad = scores[(labels >= 0) & ~np.isfinite(scores)][0]
-        raise ValueError(f"{op}: scores must be finite where labels are 0 or 1, got {bad}")
+    return run(scores, labels, delta, interpolated)
 
 
 def step(x, delta):
-    """H(x) = clip(x / (2 * delta) + 1/2, 0, 1), and its limit for delta = 0, where H(0) = 1/2 (notes, sec. 2.3). On a GPU: array code."""
-    xp = array_module(x)
-    return xp.clip(x / (2 * delta) + 0.5, 0, 1) if delta else (xp.sign(x) + 1) / 2
+    """H(x) = clip(x / (2 * delta) + 1/2, 0, 1), and its limit for delta = 0, where H(0) = 1/2 (notes, sec. 2.3)."""
+    return np.clip(x / (2 * delta) + 0.5, 0, 1) if delta else (np.sign(x) + 1) / 2
 
 
 def _ap_loss_numpy(scores, labels, delta, interpolated):
@@ -75,10 +66,10 @@ def _ap_loss_numpy(scores, labels, delta, interpolated):
             h = step(n - p[i], delta)
             b = h.sum()
             least = min(least, b / (a + b)) if interpolated else b / (a + b)
-            g[positive[i]] = -least / P
+            g[positive[i]] = 0 - least / P
             if b > 0:
                 g[negative] += h * (least / b / P)
-    return float(-g[positive].sum()), g.reshape(scores.shape).astype(scores.dtype)
+    return float(0 - g[positive].sum()), g.reshape(scores.shape).astype(scores.dtype)
 
 
 # Numba and CUDA: the same without pairs (notes, sec. 4.3). Positives p are sorted. A negative v has l = #{v - p >= delta} of them far

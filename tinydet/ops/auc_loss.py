@@ -4,7 +4,8 @@ import numpy as np
 from tinydet import checks
 from tinydet.backend import array_module, pick, scalar
 from tinydet.ops import sort
-from tinydet.ops.ap_loss import finite
+
+LARGEST = 1e100         # of scores, which are squared
 
 
 def auc_loss(scores, labels, delta=1.0):
@@ -20,16 +21,18 @@ def auc_loss(scores, labels, delta=1.0):
     2^-52 * (spread of the scores)^2 / delta. No positive, or no negative: 0.0 and zeros.
     Time O(n log n). There is no kernel: on a GPU array code serves, some 60 launches around the sort, none of which waits for the host;
     that is enough for a baseline.
-    Raises ValueError for shapes, other labels, scores not finite at labels 0 and 1, a delta that is not finite or below 0; TypeError for
-    dtypes. A GPU does not look at values before: a score that is not finite there makes the value NaN, a label that is none counts nowhere.
+    delta: 0 or from 1e-100 to 1e100, in units of the scores.
+    Raises ValueError for shapes, other labels, scores at labels 0 and 1 that are not finite or beyond 1e100, other deltas; TypeError for
+    dtypes. A GPU does not look at values before: such a score there makes the value NaN, a label that is none counts nowhere.
     """
     op = "auc_loss.auc_loss"
     checks.float_array(op, "scores", scores)
     checks.ternary(op, labels, scores.shape)
-    finite(op, scores, labels)
-    if not 0 <= delta < np.inf:
-        raise ValueError(f"{op}: delta must be finite and at least 0, got {delta}")
-    return pick(scores, numpy=_auc_loss, cuda=_auc_loss)(scores, labels, float(delta))
+    checks.ranked(op, scores, labels)
+    delta = checks.half_width(op, delta)
+    if checks.on_host(scores) and (abs(scores[labels >= 0]) > LARGEST).any():
+        raise ValueError(f"{op}: scores must lie in [-{LARGEST:g}, {LARGEST:g}] where labels are 0 or 1, got {abs(scores[labels >= 0]).max()}")
+    return pick(scores, numpy=_auc_loss, cuda=_auc_loss)(scores, labels, delta)
 
 
 def _auc_loss(scores, labels, delta):

@@ -4,7 +4,6 @@ import numpy as np
 from tinydet import checks
 from tinydet.backend import array_module, pick, scalar
 from tinydet.ops import sort
-from tinydet.ops.ap_loss import finite
 
 
 def smooth_ap(scores, labels, delta=1.0):
@@ -18,7 +17,7 @@ def smooth_ap(scores, labels, delta=1.0):
     it the control for the paper's update (ap-loss notes, sec. 6, table 3, compares with the gradient of a smoothed AP; that this is the one
     meant: CHOICE, unverified. Smooth-AP, 2007.12163, has sigmoids for steps, unverified, and needs all pairs).
     scores: any shape, float32 or float64: raw logits. labels: same shape, integers: 1, 0, and -1 for entries that count nowhere.
-    delta: above 0, in units of the scores. At a corner of H the slope is 0.
+    delta: from 1e-100 to 1e100, in units of the scores. At a corner of H the slope is 0.
     Returns a Python float (on a GPU a 0-d float64 array there) and g, scores' shape and dtype; inner work in float64, off by some
     2^-52 * entries * (spread of the scores) / delta. No positive, or no negative: 0.0 and zeros. Adding the same number to all scores
     changes nothing, so g adds up to 0.
@@ -29,10 +28,9 @@ def smooth_ap(scores, labels, delta=1.0):
     op = "smooth_ap.smooth_ap"
     checks.float_array(op, "scores", scores)
     checks.ternary(op, labels, scores.shape)
-    finite(op, scores, labels)
-    if not 0 < delta < np.inf:
-        raise ValueError(f"{op}: delta must be finite and above 0, got {delta}")
-    return pick(scores, numpy=_smooth_ap, cuda=_smooth_ap)(scores, labels, float(delta))
+    checks.ranked(op, scores, labels)
+    delta = checks.half_width(op, delta, zero=False)
+    return pick(scores, numpy=_smooth_ap, cuda=_smooth_ap)(scores, labels, delta)
 
 
 def _smooth_ap(scores, labels, delta):
