@@ -2,13 +2,13 @@
 
     python examples/overfeat_features.py --weights net_weight_0 --names names.txt picture.jpg ...   # best 5: "class probability"
     python examples/overfeat_features.py --weights net_weight_1 -f picture.jpg ...                  # 4096 features a window
-    convert *.jpg ppm:- | python examples/overfeat_features.py --weights net_weight_1 -p -L 19      # any layer, PPM on standard input
+    convert *.jpg ppm:- | python examples/overfeat_features.py --weights net_weight_1 -p -L 19      # any layer, of a PPM stream
     python examples/overfeat_features.py --weights net_weight_1 --batch FOLDER OUT                  # OUT/picture.jpg.features
 
 The size of the weight file tells the net: net_weight_0 is the fast one, net_weight_1 the accurate one.
 Features are two lines a picture: "n h w", then n * h * w numbers of six digits, channel after channel, each row after row;
-read_features reads them. A picture keeps its size for them: it must hold a window of 231x231 pixels (fast) or 221x221 (accurate), or
-what the layer of -L needs.
+read_features reads them. A picture keeps its size for them: it must hold a window of 231x231 pixels (fast) or 221x221 (accurate),
+or what the layer of -L needs.
 -f is the last convolution but one, before its ReLU. The layers, as -L counts them:
 """
 import argparse
@@ -80,7 +80,7 @@ class Net(NamedTuple):
 
 
 def load(path, layer=None, large=False, put=np.asarray):
-    """The Net of a released file, as far as `layer`: a number, "features", or None, the scores. Arrays of later ones are not read.
+    """The Net of a released file, as far as `layer`: a number, "features", or None: the scores. Later arrays are not read.
 
     large=True takes the accurate net's file only. Raises FileNotFoundError, or ValueError naming the file: for its size, another
     net, an array that is not finite; or the layers that there are.
@@ -138,10 +138,8 @@ def view(image):
 
 def classify(net, image, put=np.asarray):
     """Softmax of the scores on view(image): (1000,) float64. The release has the same within its polynomial for exp."""
-    scores = features(net, view(image), put=put)
-    if scores.shape != (CLASSES, 1, 1):
-        raise ValueError(f"overfeat_features.classify: the net must give {CLASSES} scores at one place, got {scores.shape}")
-    return softmax_loss.softmax(scores[:, 0, 0].astype(np.float64))
+    scores = features(net, view(image), put=put)[:, 0, 0]               # 1x1 for both nets
+    return softmax_loss.softmax(scores.astype(np.float64))
 
 
 # Text and pictures
@@ -184,7 +182,7 @@ def read_features(path):
 def pictures(file, source="standard input"):
     """Yield the pictures of a binary PPM stream, back to back, each as uint8 (H, W, 3).
 
-    P6, comments (# to the end of the line) in the header, 8 bits a colour. A stream may end where a picture does, and may be empty.
+    P6, comments (# to the end of the line) in the header, 8 bits a colour. A stream may end behind a picture, or be empty.
     Raises ValueError naming the picture and what is wrong with it; what came before has been yielded then.
     """
     for k in itertools.count(1):
@@ -195,8 +193,8 @@ def pictures(file, source="standard input"):
             raise ValueError(f"{op} must begin with P6 and white space, got {magic!r}")
         W, H, most = (_number(op, file, name) for name in ("width", "height", "largest value"))
         if most != 255 or not (0 < W <= images.LONGEST_SIDE and 0 < H <= images.LONGEST_SIDE and W * H <= images.MOST_PIXELS):
-            raise ValueError(f"{op} must have values up to 255 and 1 to {images.MOST_PIXELS} pixels, at most {images.LONGEST_SIDE} a "
-                             f"side, got values up to {most}, {W}x{H} pixels")
+            limits = f"1 to {images.MOST_PIXELS} pixels, {images.LONGEST_SIDE} a side"
+            raise ValueError(f"{op} must have values up to 255 and {limits}, got values up to {most}, {W}x{H} pixels")
         content = file.read(W * H * 3)
         if len(content) < W * H * 3:
             raise ValueError(f"{op} must have {W * H * 3} bytes of pixels, got {len(content)}")

@@ -30,8 +30,8 @@ def auc_loss(scores, labels, delta=1.0):
     checks.ternary(op, labels, scores.shape)
     checks.ranked(op, scores, labels)
     delta = checks.half_width(op, delta)
-    if checks.on_host(scores) and (abs(scores[labels >= 0]) > LARGEST).any():
-        raise ValueError(f"{op}: scores must lie in [-{LARGEST:g}, {LARGEST:g}] where labels are 0 or 1, got {abs(scores[labels >= 0]).max()}")
+    if checks.on_host(scores) and (most := float(abs(scores[labels >= 0]).max(initial=0))) > LARGEST:
+        raise ValueError(f"{op}: scores must lie in [-{LARGEST:g}, {LARGEST:g}] where labels are 0 or 1, got {most:g}")
     return pick(scores, numpy=_auc_loss, cuda=_auc_loss)(scores, labels, delta)
 
 
