@@ -7,7 +7,7 @@ from hypothesis import given, strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
 from conftest import BACKENDS
-from tinydet import to_numpy, use
+from tinydet import files, to_numpy, use
 from tinydet.gradcheck import check_grad
 from tinydet.models import overfeat_nets as nets
 from tinydet.models.overfeat_nets import TABLES, OverFeatNet, Spec, Table, outputs
@@ -391,3 +391,44 @@ def test_errors():
         net.forward(images(60, 60), offset=(3, 0))
     with pytest.raises(ValueError, match=r"^OverFeatNet\.dense: x must have shape \(N, H, W, 3\), got \(1, 40, 40\)"):
         net.dense(images(40, 40)[..., 0])
+
+
+# Files, and where the regressor starts
+
+@pytest.mark.parametrize("regressor", ["SCR", "PCR"])
+def test_an_untrained_regressor_may_answer_with_the_window(regressor):
+    spec = Spec(("a", "b", "c"), "tiny", regressor=regressor)
+    plain, net = (OverFeatNet(dataclasses.replace(spec, from_window=on), np.random.default_rng(0)) for on in (False, True))
+    bias = net.params["regressor.out.b"]
+    assert_array_equal(bias.reshape(-1, 4), [[0, 0, 1, 1]] * (3 if regressor == "PCR" else 1))
+    assert_allclose(net.forward(images(33, 33).astype(np.float32))[1][0, 0, 0], bias, atol=0.02)
+    plain.params["regressor.out.b"][...] = bias
+    for a, b in zip(plain.arrays().values(), net.arrays().values()):
+        assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_saved_net_comes_back_as_it_was(tmp_path, dtype):
+    net = OverFeatNet(Spec(("a", "b"), "padded", 0.75, "PCR", 0.1, None, 100.0, 50.0, True), np.random.default_rng(1), dtype)
+    nets.save(net, tmp_path / "w.npz", {"sizes": [[37, 49]]})
+    found, settings = nets.load(tmp_path / "w.npz")
+    assert found.spec == net.spec and found.dtype == dtype and settings == {"sizes": [[37, 49]]}
+    x = images(37, 37).astype(dtype)
+    for a, b in zip((*net.dense(x), *net.params.values()), (*found.dense(x), *found.params.values())):
+        assert_array_equal(a, b, strict=True)
+
+
+@pytest.mark.parametrize("change, told", [
+    ({"model": "overfeat"}, "the weights of 'overfeat'"), ({"spec": {"colour": 1}}, "TypeError"),
+    ({"spec": {"table": "slow"}}, "table must be one of"),
+    ({"spec": {"width": "x"}}, "TypeError"), ({"spec": {"table": "fast", "width": 1.0}}, "a net of 141,832,066 parameters, far larger"),
+    ({"spec": {"table": ["fast"]}}, "table must be one of"), ({"spec": {"table": {}}}, "unhashable"), ({"settings": 3}, "settings 3")])
+def test_files_that_hold_no_net_are_refused(tmp_path, change, told):
+    net = OverFeatNet(Spec(("a", "b"), "tiny"), np.random.default_rng(0))
+    spec = {**dataclasses.asdict(net.spec), **change.get("spec", {})}
+    meta = {"model": "overfeat_nets", "dtype": "float32", "settings": {}, **change, "spec": spec}
+    files.write_arrays(tmp_path / "w.npz", net.arrays(), meta)
+    with pytest.raises(ValueError, match=rf"^overfeat_nets\.load: .*w\.npz must describe a net of overfeat_nets, got: .*{told}"):
+        nets.load(tmp_path / "w.npz")
+    with pytest.raises(FileNotFoundError):
+        nets.load(tmp_path / "none.npz")

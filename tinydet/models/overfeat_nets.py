@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tinydet import augment, checks
+from tinydet import augment, checks, weights
 from tinydet.backend import array_module, put, to_numpy
 from tinydet.layers import Composite, Conv2D, Dropout, MaxPool, named
 from tinydet.ops import conv, max_pool, offset_pool, softmax_loss
@@ -191,6 +191,7 @@ class Spec:
     classes: their names. width, regressor: see rows. dropout: of the classifier's hidden layers, inverted (CHOICE: the released nets
     have no scaling layer); the regressor has none (CHOICE: the paper is silent). init: standard deviation of all weights, the
     paper's; None: He's rule, which nets of small width need to train (CHOICE). mean, std: the release's numbers, for all channels.
+    from_window: the regressor's last biases start at (0, 0, 1, 1), so that each window answers with about itself (CHOICE).
     """
 
     classes: tuple
@@ -201,6 +202,7 @@ class Spec:
     init: float | None = 0.01
     mean: float = 118.380948
     std: float = 61.896913
+    from_window: bool = False
 
     def __post_init__(self):
         """Raise ValueError or TypeError for what describes no net."""
@@ -220,7 +222,7 @@ class Spec:
 class OverFeatNet(Composite):
     """The net of a Spec. Parts: trunk (to the last convolution's ReLU), classifier (K outputs), and regressor if the Spec has one.
 
-    Weights N(0, init^2), biases 0 (CHOICE: the paper does not say). Layers by the names of the table and "out".
+    Weights N(0, init^2), biases 0 (CHOICE: the paper does not say) but for Spec.from_window. Layers by the names of the table and "out".
     """
 
     def __init__(self, spec, rng, dtype=np.float32):
@@ -236,6 +238,8 @@ class OverFeatNet(Composite):
             if part == "classifier" and r.relu:
                 layers[f"{name}_drop"] = Dropout(spec.dropout)
         super().__init__(**{part: named(layers, input_grad=part != "trunk") for part, layers in parts.items()})
+        if spec.regressor and spec.from_window:
+            self.params["regressor.out.b"].reshape(-1, 4)[...] = (0, 0, 1, 1)
 
     def normalise(self, images):
         """uint8 images (N, H, W, 3), RGB, as the float array the net takes: (x - mean) / std."""
@@ -414,3 +418,23 @@ def _answers(net, images, probabilities, fine):
     x, heads = put(net.normalise(images)), ("classifier",)
     scores = to_numpy(net.dense(x, heads=heads)[0] if fine else net.forward(x, heads=heads)[0]).astype(np.float64)
     return softmax_loss.softmax(scores) if probabilities else scores
+
+
+# Files
+
+def save(net, path, settings):
+    """Write a net with its Spec and dtype, and the settings to use it with (a JSON dict), to a weights file (.npz)."""
+    weights.save(path, "overfeat_nets", net, settings)
+
+
+def load(path):
+    """Read a weights file: the net, in the dtype that it was saved in, nothing frozen, and the settings. Raises as weights.load."""
+    return weights.load(path, "overfeat_nets", _build)
+
+
+def _build(arrays, spec, dtype):
+    spec = Spec(**spec)
+    wanted = sum(parameters(TABLES[spec.table], len(spec.classes), spec.width, spec.regressor).values())
+    if wanted > max(10**7, sum(a.size for a in arrays.values())):
+        raise ValueError(f"a net of {wanted:,} parameters, far larger than the file's arrays")
+    return OverFeatNet(spec, np.random.default_rng(0), dtype)
