@@ -195,6 +195,13 @@ def test_regions_by_hand():
     assert draw.regions(image, boxes[:0], np.zeros(0, int), 2, enlarge=2.0).size == (120, 80)
 
 
+def test_measurements_show_no_roundings(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(draw, "save", lambda figure, path: drawn.extend(a.get_ylim() for a in figure.axes))
+    draw.measurements([{"step": s, "a": 1 + 1e-10 * s, "b": -2.0 * s, "c": None, "d": 0.0} for s in (1, 2)], "abcd", tmp_path / "m.png")
+    assert drawn[0] == pytest.approx((0.9, 1.1)) and -4.5 < drawn[1][0] < -4 and -2 < drawn[1][1] < -1.5
+
+
 def test_measurements_are_drawn(tmp_path):
     draw.measurements([{"step": 1, "a": 0.5, "b": None}, {"step": 2, "a": 0.6, "b": 3.0}], ("a", "b"), tmp_path / "m.png")
     with Image.open(tmp_path / "m.png") as picture:

@@ -163,8 +163,13 @@ def measurements(points, names, path):
     from matplotlib.figure import Figure
     figure = Figure(figsize=(7, 2.6 * len(names)), dpi=110, layout="constrained")
     for axes, name in zip(figure.subplots(len(names), sharex=True, squeeze=False)[:, 0], names):
-        axes.plot([p["step"] for p in points], [np.nan if p[name] is None else p[name] for p in points], marker="o")
+        values = np.array([np.nan if p[name] is None else p[name] for p in points], float)
+        axes.plot([p["step"] for p in points], values, marker="o")
         axes.set(ylabel=name)
+        known = values[np.isfinite(values)]
+        if len(known) and np.ptp(known) < 1e-3 * abs(known).max():      # no zoom into roundings
+            middle, half = known.mean(), abs(known).max() / 10
+            axes.set_ylim(middle - half, middle + half)
         axes.grid(alpha=0.3)
     axes.set(xlabel="step")
     save(figure, path)
