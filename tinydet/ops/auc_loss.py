@@ -35,17 +35,24 @@ def auc_loss(scores, labels, delta=1.0):
     return pick(scores, numpy=_auc_loss, cuda=_auc_loss)(scores, labels, delta)
 
 
+def arranged(scores, y):
+    """What pairwise losses sum over: the order of the scores; they, sorted, seen from the middle of the positives, where sums lose the
+    least; and which of them are positive and negative, as 1.0 and 0.0. y: labels (n,). Scores that count nowhere stand at 0."""
+    xp = array_module(scores)
+    s = xp.where(y < 0, 0, scores.reshape(-1)).astype(np.float64)
+    order = sort.argsort(s)
+    s, y = s[order], y[order]
+    positive, negative = (y == 1).astype(np.float64), (y == 0).astype(np.float64)
+    return order, s - (positive * s).sum() / xp.maximum(positive.sum(), 1), positive, negative
+
+
 def _auc_loss(scores, labels, delta):
     """All entries sorted; prefix sums over the positives (and the negatives) give what a score meets below, in and above its window."""
     xp, y = array_module(scores), labels.reshape(-1)
     if scores.size == 0:
         return scalar(xp.zeros((), np.float64)), xp.zeros(scores.shape, scores.dtype)
-    s = xp.where(y < 0, 0, scores.reshape(-1)).astype(np.float64)
-    order = sort.argsort(s)
-    s, y = s[order], y[order]
-    positive, negative = (y == 1).astype(np.float64), (y == 0).astype(np.float64)
+    order, u, positive, negative = arranged(scores, y)
     pairs = xp.maximum(positive.sum() * negative.sum(), 1)
-    u = s - (positive * s).sum() / xp.maximum(positive.sum(), 1)    # seen from the middle of the positives, sums lose the least
     low, high = (xp.searchsorted(u, u + side * delta, way) for side, way in ((-1, "left"), (1, "right")))
     half = 1 / (2 * delta) if delta else 0.0
 
@@ -60,6 +67,6 @@ def _auc_loss(scores, labels, delta):
     v = u + delta
     inside = half / 2 * (v * v * windows[0] - 2 * v * windows[1] + windows[2])              # sum of (u - p + delta)^2 / (4 * delta)
     value = (negative * (u * p0[low] - p1[low] + xp.maximum(inside, 0))).sum() / pairs
-    g = xp.zeros(s.shape, np.float64)
+    g = xp.zeros(u.shape, np.float64)
     g[order] = (negative * xp.maximum(met, 0) - positive * xp.maximum(meets, 0)) / pairs
     return scalar(value), g.reshape(scores.shape).astype(scores.dtype)

@@ -3,7 +3,7 @@ import numpy as np
 
 from tinydet import checks
 from tinydet.backend import array_module, pick, scalar
-from tinydet.ops import sort
+from tinydet.ops.auc_loss import arranged
 
 
 def smooth_ap(scores, labels, delta=1.0):
@@ -38,12 +38,8 @@ def _smooth_ap(scores, labels, delta):
     xp, y = array_module(scores), labels.reshape(-1)
     if scores.size == 0:
         return scalar(xp.zeros((), np.float64)), xp.zeros(scores.shape, scores.dtype)
-    s = xp.where(y < 0, 0, scores.reshape(-1)).astype(np.float64)
-    order = sort.argsort(s)
-    s, y = s[order], y[order]
-    positive, negative = (y == 1).astype(np.float64), (y == 0).astype(np.float64)
+    order, u, positive, negative = arranged(scores, y)
     P = xp.maximum(positive.sum(), 1)
-    u = s - (positive * s).sum() / P                                # seen from the middle of the positives, sums lose the least
     low, high = xp.searchsorted(u, u - delta, "right"), xp.searchsorted(u, u + delta, "left")
 
     def inside(x):
@@ -58,6 +54,6 @@ def _smooth_ap(scores, labels, delta):
     value = (positive * b / (a + b)).sum() / P
     wa, wb = (positive * x / (P * (a + b) ** 2) for x in (a, b))
     (of_a, _), (of_b, _), (negatives, _), (positives, _) = map(inside, (wa, wb, negative, positive))
-    g = xp.zeros(s.shape, np.float64)
+    g = xp.zeros(u.shape, np.float64)
     g[order] = (negative * xp.maximum(of_a, 0) - positive * of_b - wa * negatives + wb * positives) / (2 * delta)
     return scalar(value), g.reshape(scores.shape).astype(scores.dtype)
