@@ -34,7 +34,7 @@ import numba
 import numpy as np
 import timing
 
-from tinydet import files, to_numpy, use
+from tinydet import to_numpy, use
 from tinydet.backend import array_module
 from tinydet.ops.ap_loss import ap_loss
 
@@ -183,7 +183,7 @@ def large_part(args, put):
     told = timing.told(times, [("ours", "sort")])
     tell("large: P={}, N={}".format(*args.large), told)
     del scores, labels, x, y                                        # the children need the room
-    used = {form: timing.fresh(__file__, ["--probe", json.dumps({**vars(args), "form": form})]) for form in times}
+    used = {form: timing.probe_of(__file__, form, args) for form in times}
     ratio = {form: {kind: v / MB["scores"] for kind, v in found.items()} for form, found in used.items()}
     for form, found in ratio.items():
         print(f"    {form:24}memory " + ", ".join(f"{kind} {used[form][kind]:.1f} MB, {v:.2f} of the scores' {MB['scores']:.1f} MB"
@@ -210,16 +210,11 @@ def tell(title, told):
 
 
 def main(args, put):
-    told = {k: v for k, v in vars(args).items() if k not in ("json", "probe")}
-    result = {"settings": {**told, **timing.settings()}, "date": time.strftime("%Y-%m-%d %H:%M"), "turns": {}, "time": {}}
+    result = {"settings": {**timing.arguments_told(args), **timing.settings()}, "date": time.strftime("%Y-%m-%d %H:%M"), "turns": {}, "time": {}}
     for part in args.only:
         for key, value in {"loop": loop_part, "large": large_part, "growth": growth_part}[part](args, put).items():
             result[key] = result[key] | value if key in ("turns", "time") else value
-    if args.turns < 20:
-        print("fewer than 20 turns: not for quoting")
-    if args.json:
-        files.write(args.json, json.dumps(result, indent=1) + "\n")
-    return result
+    return timing.finish(args, result)
 
 
 def arguments(argv=None):

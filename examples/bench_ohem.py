@@ -34,7 +34,7 @@ import tinydet                                                      # before num
 import numpy as np
 import timing
 
-from tinydet import data, files, optim, proposals, scenes, to_numpy, use
+from tinydet import data, optim, proposals, scenes, to_numpy, use
 from tinydet.backend import array_module
 from tinydet.models import fast_rcnn
 from tinydet.models.fast_rcnn import Sampler
@@ -231,16 +231,12 @@ def main(args, put):
     times, counts = measure(bench)
     held = bench.held()
     del bench                                                       # its memory is the children's
-    told = {k: v for k, v in vars(args).items() if k not in ("json", "probe")}
-    result = {"settings": {**told, "images": IMAGES, "batch": BATCH, **timing.settings()}, "date": time.strftime("%Y-%m-%d %H:%M"), "agreement": apart, "regions that train": counts,
-              "turns": times, "time": timing.told(times, PAIRS), "memory": memory_told({form: timing.fresh(__file__, ["--probe", json.dumps({**vars(args), "form": form})]) for form in FORMS}, held),
+    result = {"settings": {**timing.arguments_told(args), "images": IMAGES, "batch": BATCH, **timing.settings()}, "date": time.strftime("%Y-%m-%d %H:%M"),
+              "agreement": apart, "regions that train": counts, "turns": times, "time": timing.told(times, PAIRS),
+              "memory": memory_told({form: timing.probe_of(__file__, form, args) for form in FORMS}, held),
               "paper: s a step, GB": PAPER}
     tell(result, args.table)
-    if args.turns < 20:
-        print("fewer than 20 turns: not for quoting")
-    if args.json:
-        files.write(args.json, json.dumps(result, indent=1) + "\n")
-    return result
+    return timing.finish(args, result)
 
 
 def arguments(argv=None):

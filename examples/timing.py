@@ -12,6 +12,7 @@ import tinydet                                                      # before num
 import numba
 import numpy as np
 
+from tinydet import files
 from tinydet.backend import array_module
 
 SHORT = 0.05                                                        # s
@@ -90,10 +91,29 @@ def fresh(program, words):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def arguments_told(args):
+    """The arguments, as settings of a result."""
+    return {k: v for k, v in vars(args).items() if k not in ("json", "probe")}
+
+
+def probe_of(program, form, args):
+    """What the program, called with these arguments as --probe, prints of one form, in a process of its own."""
+    return fresh(program, ["--probe", json.dumps({**vars(args), "form": form})])
+
+
 def settings(variables=("NUMBA_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OMP_WAIT_POLICY", "OMP_NUM_THREADS")):
     """What a reader of the figures must know of machine and libraries."""
     return {"cores": os.cpu_count(), "numba threads": numba.get_num_threads(), "environment": {k: os.environ.get(k) for k in variables},
             "versions": {"python": platform.python_version(), "tinydet": tinydet.__version__, "numpy": np.__version__, "numba": numba.__version__}}
+
+
+def finish(args, result):
+    """Say whether the figures may be quoted, and write them to --json. Returns the result."""
+    if args.turns < 20:
+        print("fewer than 20 turns: not for quoting")
+    if args.json:
+        files.write(args.json, json.dumps(result, indent=1) + "\n")
+    return result
 
 
 def check_json(parser, path):
