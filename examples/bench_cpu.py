@@ -337,7 +337,8 @@ def normal(*shape):
 def demo(quick):
     """The demo detector: images, net, our loss with its gradients, PyTorch's loss of model and images."""
     N, side = (2, 48) if quick else (32, 96)
-    net = overfeat.OverFeat(overfeat.Spec(tuple("abcdef"), (1.0,), k=4), np.random.default_rng(0))
+    net = overfeat.OverFeat(overfeat.Spec(tuple("abcdef"), "small", regressor="SCR", dropout=0.0, init=None, k=4, pool=2, background=True),
+                            np.random.default_rng(0))
     labels = np.random.default_rng(1).integers(0, 7, (N, side // 8 - 3, side // 8 - 3))
 
     def loss(scores, edges):

@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import tinydet                                                      # before numpy: sets how BLAS threads wait
-from tinydet import data, draw, evaluate, files, mistakes, scenes
+import numpy as np
+
+from tinydet import canvases, data, draw, evaluate, files, mistakes, scenes
 
 
 # What published weights want to see: mean and std of RGB pixels in 0..255, and whether the first convolution in the file sees BGR
@@ -58,6 +60,46 @@ def read(args):
     if args.eval_set == "val" and "val" not in data.splits(args.data):
         return *data.hold_out(examples, 0.2), classes
     return examples, data.read(args.data, args.eval_set, classes)[0], classes
+
+
+CANVAS, SIDES = (116, 96), (28, 80)         # width and height of a canvas, least and largest side of an item on it
+
+
+def add_canvas_arguments(parser):
+    """--canvases and --eval-canvases, for read_labelled; --scenes of add_arguments has no use beside them."""
+    a = parser.add_argument
+    a("--canvases", type=count, default=6000, help="cluttered canvases to train on, with one item each (%(default)s)")
+    a("--eval-canvases", type=count, default=1000, help="cluttered canvases to evaluate on (%(default)s)")
+
+
+def read_labelled(args):
+    """Training and evaluation examples of one class each, and the class names: for programs that classify and localize.
+
+    Items of --data in IDX files (such as fashion-mnist), or without --data painted shapes, lie on canvases, the same ones for every --seed; of
+    a training set without a val set beside it, a seeded sixth of the items is for "val". Other layouts are taken as they are, without
+    the images of several classes. Raises as data.read; ValueError if nothing is left.
+    """
+    if args.data and not data.layout(args.data).__name__.endswith("idx"):
+        *sets, classes = read(args)
+        kept = [[e for e in examples if len(e.image_labels()) == 1] for examples in sets]
+        for name, some, examples in zip((args.train_set, args.eval_set), kept, sets):
+            if len(some) < len(examples):
+                print(f"{name}: {len(examples) - len(some)} of {len(examples)} images are left out, for they are not of one class")
+            if not some:
+                raise ValueError(f"read_labelled: {args.data} must hold images of one class in {name}, got none")
+        return *kept, classes
+    if not args.data:
+        items, held_out, classes = scenes.items(1200, 0, "train"), scenes.items(400, 0, args.eval_set), scenes.CLASSES
+    else:
+        items, classes = data.read(args.data, args.train_set)
+        if args.eval_set == "val" and "val" not in data.splits(args.data):
+            order = np.random.default_rng(0).permutation(len(items))
+            items, held_out = ([items[i] for i in some] for some in (order[len(items) // 6:], order[:len(items) // 6]))
+        else:
+            held_out = data.read(args.data, args.eval_set, classes)[0]
+    how = {"seed": 0, "size": CANVAS, "sides": SIDES}
+    return (canvases.canvases(items, args.canvases, split="train", **how),
+            canvases.canvases(held_out, args.eval_canvases, split=args.eval_set, **how), classes)
 
 
 def records(detections, examples, classes):

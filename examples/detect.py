@@ -17,7 +17,7 @@ import tinydet                                                      # before num
 import numpy as np
 
 from tinydet import data, draw, files, proposals, train, weights
-from tinydet.models import fast_rcnn, overfeat, retinanet
+from tinydet.models import fast_rcnn, overfeat, overfeat_detect, retinanet
 
 
 def arguments(argv=None):
@@ -59,9 +59,12 @@ def load(args, put):
         return net, settings, lambda image, stem: retinanet.detect(net, image, testing)
     if model == "overfeat":
         net, settings = overfeat.load(args.weights)
+        if not net.spec.scales or "regressor" not in net.parts:
+            raise ValueError(f"detect: {args.weights} must hold a detector, got a net without scales or regressor: examples/overfeat.py "
+                             "--weights makes one of it")
         net.to(put)
         combining = {k: settings[k] for k in ("merging", "threshold") if k in settings}
-        return net, settings, lambda image, stem: overfeat.detect(net, image, **combining)
+        return net, settings, lambda image, stem: overfeat_detect.detect(net, image, **combining)
     net, settings = fast_rcnn.load(args.weights)
     net.to(put)
     source = args.proposals or settings.get("windows")

@@ -25,7 +25,7 @@ import numpy as np
 from tinydet import augment, data, files, images, layers, to_numpy, train
 from tinydet.backend import array_module
 from tinydet.models import overfeat_weights
-from tinydet.models.overfeat_nets import NO_BOXES, TABLES, Spec, rows
+from tinydet.models.overfeat import NO_BOXES, TABLES, Spec, rows
 from tinydet.ops import conv, max_pool, softmax_loss
 
 import common
@@ -125,7 +125,7 @@ def features(net, image, source="the image", put=np.asarray):
 
 
 def view(image):
-    """What is classified: the centre square of the image whose smaller side is 231, the fast net's window, for both nets.
+    """What is classified: the centre square of the image whose smaller side is 231, the fast net's window, for both overfeat.
 
     On 231 pixels the accurate net has one output, too, which leaves out the last ten rows and columns. CHOICE: bilinear, and also
     for PPM, which the release crops without resizing it.

@@ -94,7 +94,7 @@ def test_load_refuses_what_conversion_makes_infinite():
 
 def test_a_saved_net_keeps_its_dtype(tmp_path):
     for dtype in (np.float32, np.float64):
-        net = overfeat.OverFeat(overfeat.Spec(("a",), (1.0,), widths=(4, 4, 4, 4), hidden=4), np.random.default_rng(1), dtype)
+        net = overfeat.OverFeat(overfeat.Spec(("a",), "small", 0.1), np.random.default_rng(1), dtype)
         overfeat.save(net, tmp_path / "w.npz", {})
         other = overfeat.load(tmp_path / "w.npz")[0]
         assert other.dtype == dtype

@@ -537,7 +537,7 @@ def sets(folder):
         if layout != "npz":
             write(place, layout)
     files.write_arrays(folder / "npz-made" / "a.npz", {"w": np.arange(12.0).reshape(3, 4), "b": np.zeros(5, np.float32)}, {"steps": 3})
-    net = overfeat.OverFeat(overfeat.Spec(("a", "b"), (1.0, 0.5), widths=(4, 4, 4, 4), hidden=4, k=2), np.random.default_rng(0))
+    net = overfeat.OverFeat(overfeat.Spec(("a", "b"), "small", 0.1, "SCR", k=2, background=True, scales=(1.0, 0.5)), np.random.default_rng(0))
     overfeat.save(net, folder / "npz-made" / "o.npz", {"merging": "merge"})
     for layout, pairs in real_files().items():
         for i, (label, image) in enumerate(pairs):

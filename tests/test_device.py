@@ -13,7 +13,7 @@ import fake_cupy
 from tinydet import draw, emulate, layers, optim, scenes, to_numpy, train, use
 from tinydet.backend import put
 from tinydet.cases import CASES
-from tinydet.models import fast_rcnn, overfeat
+from tinydet.models import fast_rcnn, overfeat, overfeat_detect
 from tinydet.ops import focal_loss, logistic_loss, roi_loss, softmax_loss
 
 pytestmark = pytest.mark.skipif(emulate.missing() is not None, reason=str(emulate.missing()))
@@ -58,7 +58,7 @@ def test_no_op_copies_to_the_host_and_all_take_what_cupy_takes(case):
 # Training
 
 def small_net(dtype=np.float32):
-    spec = overfeat.spec_for(EXAMPLES, scenes.CLASSES, widths=(4, 6, 8, 8), hidden=12, dropout=0.2)
+    spec = overfeat_detect.spec_for(EXAMPLES, scenes.CLASSES, width=0.1, dropout=0.2)
     return overfeat.OverFeat(spec, np.random.default_rng(0), dtype)
 
 
@@ -69,13 +69,13 @@ def trainer(net, crops=2):
     """The step of examples/overfeat.py, without its threads."""
     def prepare(i):
         rng = np.random.default_rng([7, i])
-        images, targets = zip(*(overfeat.training_view(net.spec, EXAMPLES[j % 2], rng, 56) for j in range(crops)))
+        images, targets = zip(*(overfeat_detect.training_view(net.spec, EXAMPLES[j % 2], rng, 56) for j in range(crops)))
         return net.normalise(np.stack(images)), targets, rng
 
     def step(i, prepared):
         images, targets, rng = prepared
         scores, edges, cache = net.forward(put(images), train=True, rng=rng, offset=(i % 2, 1))
-        values, dscores, dedges = overfeat.loss(net.spec, scores, edges, targets, rng, offset=(i % 2, 1))
+        values, dscores, dedges = overfeat_detect.loss(net.spec, scores, edges, targets, rng, offset=(i % 2, 1))
         net.backward(dscores, dedges, cache)
         return values
     return prepare, step
@@ -140,10 +140,10 @@ def test_a_gradient_that_is_not_finite_stops_the_update_on_the_gpu_and_is_named_
         for make in (lambda: optim.SGD(net), lambda: optim.SGD(net, clip=1.0), lambda: optim.AdaGrad(net)):
             optimizer = make()
             before = {k: to_numpy(w).copy() for k, w in net.params.items()}
-            net.grads["trunk.0.w"][0, 0, 0, 0] = np.inf
+            net.grads["trunk.conv1.w"][0, 0, 0, 0] = np.inf
             with fake_cupy.no_copies():
                 optimizer.step(0.1)
-            with pytest.raises(FloatingPointError, match=r"the gradient of trunk\.0\.w is not finite"):
+            with pytest.raises(FloatingPointError, match=r"the gradient of trunk\.conv1\.w is not finite"):
                 optimizer.check()
             for k, w in net.params.items():
                 assert_array_equal(to_numpy(w), before[k])
@@ -157,7 +157,7 @@ def test_detection_gives_the_boxes_of_the_host():
         with use(name) as put:
             net = small_net(np.float64).to(put)
             net.spec.scales = net.spec.scales[-1:]
-            found[name] = overfeat.detect(net, EXAMPLES[0].image(), merging="nms", threshold=0.4)
+            found[name] = overfeat_detect.detect(net, EXAMPLES[0].image(), merging="nms", threshold=0.4)
     for a, b in zip(*found.values()):
         assert isinstance(b, np.ndarray) and len(a) == len(b)
         assert_allclose(b, a, rtol=1e-9, atol=1e-9)
@@ -200,8 +200,8 @@ def example(name):
 def test_the_examples_run_on_the_gpu(tmp_path, monkeypatch, capsys):
     """Training, evaluation, pictures; then detection with the weights: as a user calls them, with --backend cuda."""
     train_it, detect = example("overfeat"), example("detect")
-    monkeypatch.setattr(overfeat, "spec_for", lambda examples, classes, window, original=overfeat.spec_for: original(
-        examples, classes, window, widths=(4, 6, 8, 8), hidden=12, most_scales=1))
+    monkeypatch.setattr(overfeat_detect, "spec_for", lambda examples, classes, window, original=overfeat_detect.spec_for, **more: original(
+        examples, classes, window, width=0.1, most_scales=1, **more))
     args = train_it.arguments(["--backend", "cuda", "--scenes", "3", "--steps", "2", "--batch", "1", "--out", str(tmp_path), "--name", "a"])
     with use(args.backend) as put:
         train_it.main(args, put)

@@ -18,7 +18,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
 from tinydet import data, evaluate, files, optim, scenes
-from tinydet.models import fast_rcnn, overfeat, retinanet
+from tinydet.models import fast_rcnn, overfeat, overfeat_detect, retinanet
 
 import test_retinanet_weights
 
@@ -83,8 +83,8 @@ def trained(voc, tmp_path_factory):
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """Weights of an untrained net that is sure of itself: it detects something everywhere."""
-    net = overfeat.OverFeat(overfeat.Spec(scenes.CLASSES, (1.0, 0.5), k=3), np.random.default_rng(0))
-    net.params["classifier.3.w"][...] *= 100
+    net = overfeat.OverFeat(overfeat.Spec(scenes.CLASSES, "small", 1.0, "SCR", 0.0, None, from_window=True, k=3, pool=2, background=True, scales=(1.0, 0.5)), np.random.default_rng(0))
+    net.params["classifier.out.w"][...] *= 100
     path = tmp_path_factory.mktemp("weights") / "weights.npz"
     overfeat.save(net, path, {"merging": "merge", "threshold": 0.6, "cut": {name: 2.5 for name in scenes.CLASSES}})
     return path
@@ -94,7 +94,7 @@ def test_training_leaves_everything_in_the_run_folder(trained):
     cwd, done = trained
     folder = cwd / "runs" / "a"
     assert {p.name for p in folder.iterdir()} == {"config.json", "metrics.jsonl", "checkpoint.npz", "weights.npz", "results.json", "false_positives",
-                                                  "loss.png", "precision_recall.png", "detections.png", "detections.json"}
+                                                  "loss.png", "precision_recall.png", "detections.png", "detections.json", "curve.json", "curve.png"}
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6] and all(np.isfinite(r["loss"]) for r in records)
     results = json.loads((folder / "results.json").read_text())
@@ -113,15 +113,15 @@ def test_the_log_is_that_of_the_settings(voc, trained, tmp_path, seed):
         run("overfeat.py", "--data", voc, "--name", "a", *TINY, "--seed", seed, cwd=tmp_path)
         folder = tmp_path / "runs" / "a"
     examples, classes = data.read_voc(voc, "train")
-    spec = overfeat.spec_for(examples, classes, 24)
+    spec = overfeat_detect.spec_for(examples, classes, 24)
     net = overfeat.OverFeat(spec, np.random.default_rng(seed))
     optimizer, schedule, losses = optim.SGD(net, 0.9, 1e-4), optim.cosine_schedule(0.07, 6, 0), []
     for i in range(6):
         rng = np.random.default_rng([seed, i])
-        views = [overfeat.training_view(spec, examples[j], rng, 72, 0.8) for j in rng.choice(8, 2, replace=False)]
+        views = [overfeat_detect.training_view(spec, examples[j], rng, 72, 0.8) for j in rng.choice(8, 2, replace=False)]
         offset = tuple(rng.integers(2, size=2))
         scores, edges, cache = net.forward(net.normalise(np.stack([v[0] for v in views])), True, rng, offset)
-        values, dscores, dedges = overfeat.loss(spec, scores, edges, [v[1] for v in views], rng, 1.0, offset)
+        values, dscores, dedges = overfeat_detect.loss(spec, scores, edges, [v[1] for v in views], rng, 1.0, offset)
         net.backward(dscores, dedges, cache)
         optimizer.step(schedule(i))
         losses.append(values["loss"])
@@ -131,7 +131,7 @@ def test_the_log_is_that_of_the_settings(voc, trained, tmp_path, seed):
     for name, w in net.arrays().items():
         assert_allclose(trained_net.arrays()[name], w, rtol=1e-3, atol=1e-6, err_msg=name)
     held_out, _ = data.read_voc(voc, "val", classes)
-    found = [overfeat.detect(trained_net, e.image(), merging="merge", threshold=0.6) for e in held_out]
+    found = [overfeat_detect.detect(trained_net, e.image(), merging="merge", threshold=0.6) for e in held_out]
     results = evaluate.voc(found, held_out, classes)
     assert settings == {"merging": "merge", "threshold": 0.6, "cut": {k: evaluate.best_threshold(r) for k, r in results.items()}}
     told = json.loads((folder / "results.json").read_text())
@@ -444,7 +444,7 @@ def test_detect_draws_and_prints(voc, weights, tmp_path):
     done = run("detect.py", "--weights", weights, *pictures, cwd=tmp_path)
     for picture in pictures:
         assert str(picture) in done.stdout
-        _, _, scores = overfeat.detect(overfeat.load(weights)[0], data.read_image(picture), merging="merge", threshold=0.6)
+        _, _, scores = overfeat_detect.detect(overfeat.load(weights)[0], data.read_image(picture), merging="merge", threshold=0.6)
         assert f"{picture}: {(scores >= 2.5).sum()} objects" in done.stdout and (scores < 2.5).any()
         with Image.open(tmp_path / "detections" / f"{picture.stem}.png") as drawn, Image.open(picture) as original:
             assert drawn.size == original.size and np.any(np.asarray(drawn) != np.asarray(original))
@@ -459,7 +459,7 @@ def test_detect_gives_json(voc, weights, tmp_path):
         x1, y1, x2, y2 = r["box"]
         assert 0 <= x1 < x2 <= 192 and 0 <= y1 < y2 <= 192
     net, _ = overfeat.load(weights)
-    boxes, labels, scores = overfeat.detect(net, data.read_image(pictures[0]), merging="merge", threshold=0.6)
+    boxes, labels, scores = overfeat_detect.detect(net, data.read_image(pictures[0]), merging="merge", threshold=0.6)
     first = [r for r in records if r["image"] == pictures[0].stem]
     assert_allclose([r["box"] for r in first], boxes)
     assert [r["class"] for r in first] == [scenes.CLASSES[k] for k in labels]

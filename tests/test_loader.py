@@ -18,7 +18,7 @@ from PIL import Image
 
 from tinydet import augment, images, loader, scenes
 from tinydet.loader import Loader, prefetch
-from tinydet.models import overfeat
+from tinydet.models import overfeat, overfeat_detect
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -366,12 +366,12 @@ def test_examples_may_be_anything():
 def test_overfeat_keeps_its_contract_with_prefetch():
     """Step i of examples/overfeat.py draws all from default_rng([seed, i]), and goes on drawing from it in the net."""
     examples = scenes.scenes(5, 0)
-    spec = overfeat.Spec(scenes.CLASSES, (1.0, 0.5), k=3)
+    spec = overfeat.Spec(scenes.CLASSES, "small", k=3, pool=2, scales=(1.0, 0.5))
 
     def make(i):
         rng = np.random.default_rng([3, i])
         batch = rng.choice(len(examples), 2, replace=False)
-        return [overfeat.training_view(spec, examples[j], rng, 3 * spec.window) for j in batch], rng
+        return [overfeat_detect.training_view(spec, examples[j], rng, 3 * spec.layers.window) for j in batch], rng
 
     with prefetch(make, 2, 7, workers=2) as steps:
         for i, (views, rng) in enumerate(steps, 2):

@@ -1,4 +1,5 @@
-"""The OverFeat model: dense evaluation, window geometry, targets, selection, loss, detection, files."""
+"""OverFeat's two nets: what their table says, dense evaluation by both routes, its gradient, classification at several scales."""
+import dataclasses
 import math
 
 import numpy as np
@@ -7,418 +8,436 @@ from hypothesis import given, strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
 from conftest import BACKENDS
-from tinydet import data, evaluate, files, optim, scenes, use
+from tinydet import files, to_numpy, use
+from tinydet.gradcheck import check_grad
 from tinydet.models import overfeat
-from tinydet.ops import boxes as box_ops, conv, merge, nms, offset_pool, softmax_loss
+from tinydet.models.overfeat import TABLES, OverFeat, Spec, Table, outputs
+from tinydet.ops import softmax_loss
+from tinydet.summary import summary
 
-SMALL = dict(widths=(4, 5, 6, 7), hidden=8)
+FAST, ACCURATE = TABLES["fast"], TABLES["accurate"]
 
 
-def small_net(seed=0, dtype=np.float64, **more):
-    """A net of few channels whose every array, running statistics too, is random."""
-    spec = overfeat.Spec(**{"classes": ("a", "b", "c"), "scales": (1.0, 0.5), "k": 2, **SMALL, **more})
+def tiny(pad, pool=3, k=2):
+    """The net of notes 3.4: jump 4, window 33 without padding (25 with)."""
+    return Table((("conv1", 3, 3, 2, 0, 2), ("conv2", 4, 3, 1, pad, pool)), k, (("fc3", 3), ("fc4", 2)), (("fc1", 3), ("fc2", 2)))
+
+
+def unpadded(table):
+    return dataclasses.replace(table, trunk=tuple((*row[:4], 0, row[5]) for row in table.trunk))
+
+
+SMALLEST = Table((("conv1", 2, 1, 1, 0, 1), ("conv2", 2, 2, 1, 0, 2)), 2, (("fc3", 2),), (("fc1", 2),))     # window 5, jump 1
+
+
+@pytest.fixture(autouse=True)
+def tables(monkeypatch):
+    for name, table in (("tiny", tiny(0)), ("padded", tiny(1)), ("pool2", tiny(1, 2, 3)), ("smallest", SMALLEST)):
+        monkeypatch.setitem(TABLES, name, table)
+
+
+def make(table="tiny", seed=0, **more):
+    """A float64 net whose every array is random."""
+    net = OverFeat(Spec(("a", "b", "c"), table, **{"regressor": "SCR", **more}), np.random.default_rng(seed), np.float64)
     rng = np.random.default_rng(seed)
-    net = overfeat.OverFeat(spec, rng, dtype)
-    for name, array in net.arrays().items():
-        array[...] = rng.uniform(0.5, 1.5, array.shape) if name.endswith(("var", "gamma")) else rng.normal(0, 0.3, array.shape)
+    for array in net.arrays().values():
+        std = np.sqrt(2 / array[..., 0].size)
+        array[...] = rng.normal(0, std, array.shape) if array.ndim == 4 else rng.uniform(0.2, 0.6, array.shape)
     return net
 
 
-# Dense evaluation (overfeat notes, 3.4)
+def images(H, W, N=1, seed=1):
+    return np.random.default_rng(seed).standard_normal((N, H, W, 3))
+
+
+def picture(H, W, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (H, W, 3), np.uint8)
+
+
+# What the tables say (notes, 1.1 to 1.3)
+
+PUBLISHED = {                           # parameters and multiply-adds of each layer
+    "fast": [(34_944, 109_283_328), (614_656, 353_894_400), (1_180_160, 169_869_312), (4_719_616, 679_477_248),
+             (9_438_208, 1_358_954_496), (113_249_280, 113_246_208), (12_587_008, 12_582_912), (4_097_000, 4_096_000)],
+    "accurate": [(14_208, 164_602_368), (1_204_480, 1_083_801_600), (1_180_160, 265_420_800), (2_359_808, 530_841_600),
+                 (4_719_616, 1_061_683_200), (9_438_208, 2_123_366_400), (104_861_696, 104_857_600), (16_781_312, 16_777_216),
+                 (4_097_000, 4_096_000)],
+}
+
+
+@pytest.mark.parametrize("name, parameters, multiply_adds", [("fast", 145_920_872, 2_801_403_904),
+                                                             ("accurate", 144_656_488, 5_355_446_784)])
+def test_each_layer_has_the_published_parameters_and_multiply_adds(name, parameters, multiply_adds):
+    table = TABLES[name]
+    assert list(zip(overfeat.parameters(table).values(), overfeat.multiply_adds(table).values())) == PUBLISHED[name]
+    assert sum(overfeat.parameters(table).values()) == parameters and sum(overfeat.multiply_adds(table).values()) == multiply_adds
+
+
+def test_geometry_of_both_nets():
+    found = [(t.window, t.jump, t.pool, t.step, t.k, t.least) for t in (FAST, ACCURATE)]
+    assert found == [(231, 16, 2, 32, 6, 247), (221, 12, 3, 36, 5, 245)]
+    assert unpadded(FAST).window == 327 and unpadded(ACCURATE).window == 317       # the true receptive fields (notes, 1.3)
+    assert overfeat._sides(FAST, 231) == [56, 24, 12, 12, 12] and overfeat._sides(ACCURATE, 221) == [108, 30, 15, 15, 15, 15]
+    assert outputs(FAST, 231, 231) == ((12, 12), (6, 6), (1, 1), (1, 1))
+    assert outputs(ACCURATE, 221, 221) == ((15, 15), (5, 5), (1, 1), (1, 1))
+    assert outputs(ACCURATE, 231, 231).coarse == (1, 1)
+
+
+def test_images_that_hold_no_window_are_refused():
+    with pytest.raises(ValueError, match=r"^overfeat\.outputs: an image must hold a window of 231x231 pixels, got 221x221$"):
+        outputs(FAST, 221, 221)
+    with pytest.raises(ValueError, match="window of 221x221 pixels, got 300x220"):
+        overfeat.multiply_adds(ACCURATE, size=(300, 220))
+    net = make()
+    for run in (net.forward, net.dense):
+        with pytest.raises(ValueError, match=rf"^OverFeat\.{run.__name__}: x must hold a window of 33 pixels, got \(1, 32, 40, 3\)"):
+            run(images(32, 40))
+    with pytest.raises(ValueError, match=r"window of 33 pixels at the offset \(0, 2\), got \(1, 33, 40, 3\)"):
+        net.forward(images(33, 40), offset=(0, 2))
+    net.forward(images(33, 41), offset=(0, 2))
+
+
+def test_table_5():
+    """Sizes, trunk map, pooled map of an offset, F (notes, 3.2), and 1575 windows an image."""
+    maps = [((17, 17), (5, 5), (1, 1), (3, 3)), ((20, 23), (6, 7), (2, 3), (6, 9)), ((23, 29), (7, 9), (3, 5), (9, 15)),
+            ((29, 35), (9, 11), (5, 7), (15, 21)), ((32, 38), (10, 12), (6, 8), (18, 24)), ((35, 44), (11, 14), (7, 10), (21, 30))]
+    assert [outputs(ACCURATE, *size) for size in overfeat.TEST_SIZES] == maps
+    assert sum(np.prod(outputs(ACCURATE, *size).fine) for size in overfeat.TEST_SIZES) == 1575
+    assert ACCURATE.sizes == overfeat.TEST_SIZES
+    for table in (FAST, ACCURATE, tiny(0), tiny(1, 2, 3)):
+        for H, W in table.sizes:                        # every offset has a map of one size; the last window ends at the border
+            size, p = outputs(table, H, W), table.pool
+            assert size.fine == tuple(p * n for n in size.coarse)
+            assert_array_equal(overfeat.windows(table, *size.fine)[-1, 2:], (W, H))
+
+
+@given(H=st.integers(231, 900), W=st.integers(231, 900))
+def test_output_sizes_are_the_formulas(H, W):
+    assert outputs(FAST, H, W).coarse == (((H - 11) // 4 + 1) // 8 - 6, ((W - 11) // 4 + 1) // 8 - 6)
+    assert outputs(ACCURATE, H, W).coarse == (((H - 7) // 2 + 1) // 18 - 5, ((W - 7) // 2 + 1) // 18 - 5)
+    assert outputs(FAST, H, W).trunk[0] == (((H - 11) // 4 + 1) // 2 - 4) // 2
+    for table in (FAST, ACCURATE):
+        n, p, k = outputs(table, H, W).trunk[0], table.pool, table.k
+        assert outputs(table, H, W).fine[0] == n - p * k + 1 == sum(max(0, (n - o) // p - k + 1) for o in range(p))
+
+
+@pytest.mark.parametrize("table", ["fast", "accurate"])
+def test_the_net_is_its_table_at_small_width(table):
+    spec = Spec(("a", "b"), table, width=1 / 64, regressor="PCR")
+    net, t, more = OverFeat(spec, np.random.default_rng(0)), TABLES[table], (2, 1 / 64, "PCR")
+    x = images(t.least, t.least + t.step).astype(np.float32)
+    found = {row.name: row for row in summary(net, x).rows if row.params}
+    assert {name: row.params for name, row in found.items()} == overfeat.parameters(t, *more)
+    assert {name: row.multiply_adds for name, row in found.items()} == overfeat.multiply_adds(t, *more, size=x.shape[1:3])
+    size = outputs(t, *x.shape[1:3])
+    F, coarse = net.dense(x), net.forward(x)
+    assert F[0].shape == (1, *size.fine, 2) and F[1].shape == (1, *size.fine, 8) and coarse[0].shape == (1, *size.coarse, 2)
+    for a, b, c in zip(F, net.dense(x, "dilated"), coarse):
+        assert_allclose(b, a, atol=1e-6)
+        assert_allclose(net.coarse(a), c, atol=1e-6)
+    assert all(not v.any() for name, v in net.params.items() if name.endswith(".b"))
+    assert net.params["classifier.out.w"].dtype == np.float32
+
+
+def test_width_and_regressor():
+    assert [r[1:3] for r in overfeat.rows(FAST, 10, 1 / 32)] == [(3, 3), (3, 8), (8, 16), (16, 32), (32, 32), (32, 96), (96, 128), (128, 10)]
+    assert overfeat.rows(tiny(0), 3, 0.5)[0].Cout == 2 and overfeat.rows(tiny(0), 3, 1e-9)[1].Cout == 1       # 1.5 is rounded up; never 0
+    heads = [{k: v for k, v in overfeat.parameters(ACCURATE, regressor=r).items() if k.startswith("regressor")} for r in ("SCR", "PCR")]
+    assert heads[0] == {"regressor.fc1": 25 * 1024 * 4096 + 4096, "regressor.fc2": 4096 * 1024 + 1024, "regressor.out": 4100}
+    assert heads[1]["regressor.out"] == 4_100_000
+    assert "regressor" not in make(regressor=None).parts
+
+
+def test_weights_start_with_the_papers_deviation_or_by_hes_rule():
+    for init, expected in ((0.01, 0.01), (None, np.sqrt(2 / (25 * 128)))):
+        net = OverFeat(Spec(("a",), width=1 / 8, init=init), np.random.default_rng(0))
+        assert net.params["classifier.fc7.w"].std() == pytest.approx(expected, rel=0.01)
+
+
+def test_pixels_are_normalised_by_the_releases_numbers():
+    x = make().normalise(np.uint8([[[[0, 118, 255]]]]))
+    assert_allclose(x.ravel(), [(v - 118.380948) / 61.896913 for v in (0, 118, 255)], rtol=1e-15)
+
+
+# Dense evaluation (notes, 3.1 and 3.4)
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("size", [(32, 32), (36, 44), (52, 40), (16, 16), (16, 20)])
-def test_dense_is_the_head_on_every_window_and_the_dilated_head(backend, size):
-    net = small_net()
-    p, k = net.spec.pool, net.spec.k
-    x = np.random.default_rng(1).standard_normal((2, *size, 3))
-    with use(backend):
-        dense = net.dense(x)
-        maps = net.parts["trunk"](x)
-        s = offset_pool.forward(maps, p)[0]
-        for part, F in zip(("classifier", "regressor"), dense):
-            assert F.shape[1:3] == (maps.shape[1] - p * k + 1, maps.shape[2] - p * k + 1)
-            first, norm, *_, last = net.parts[part].parts.values()
-            hidden = norm(conv.forward(s, first.params["w"], first.params["b"], dilation=p)[0])
-            assert_allclose(last(hidden), F, atol=1e-12)
-            for r in range(F.shape[1]):
-                for c in range(F.shape[2]):
-                    block = maps[:, r:r + p * k, c:c + p * k].reshape(2, k, p, k, p, -1).max((2, 4))
-                    assert_allclose(net.parts[part](block)[:, 0, 0], F[:, r, c], atol=1e-12)
+@pytest.mark.parametrize("table, H, W", [("tiny", 49, 45), ("padded", 25, 33), ("padded", 29, 41), ("pool2", 30, 43)])
+def test_both_routes_are_the_heads_on_every_block_of_the_trunks_map(backend, table, H, W):
+    net = make(table)
+    p, k, x = net.table.pool, net.table.k, images(H, W, 2)
+    with use(backend) as put:
+        net.to(put)
+        maps = net.parts["trunk"](put(x))
+        F, dilated = net.dense(put(x)), net.dense(put(x), "dilated")
+        for part, f, d in zip(("classifier", "regressor"), F, dilated):
+            assert f.shape[1:3] == outputs(net.table, H, W).fine
+            assert_allclose(to_numpy(d), to_numpy(f), rtol=0, atol=1e-12)
+            for r, c in np.ndindex(f.shape[1:3]):
+                block = maps[:, r:r + p * k, c:c + p * k].reshape(2, k, p, k, p, -1).max((2, 4))
+                assert_allclose(to_numpy(net.parts[part](block))[:, 0, 0], to_numpy(f)[:, r, c], rtol=0, atol=1e-12)
+        net.to(to_numpy)
+    assert np.ptp(to_numpy(F[0])) > 0.01
 
 
-@pytest.mark.parametrize("offset", [(0, 0), (0, 1), (1, 0), (1, 1)])
-def test_training_at_an_offset_sees_the_same_windows_as_dense(offset):
-    net, x = small_net(), np.random.default_rng(1).standard_normal((1, 44, 36, 3))
+@pytest.mark.parametrize("offset", [(0, 0), (1, 0), (0, 2), (2, 2)])
+def test_one_offset_is_every_pth_of_the_fine_map(offset):
+    net, x = make("padded"), images(50, 43, 2)
     oy, ox = offset
-    scores, edges, _ = net.forward(x, offset=offset)
-    dense = net.dense(x)
-    assert_allclose(scores, dense[0][:, oy::2, ox::2], atol=1e-12)
-    assert_allclose(edges, dense[1][:, oy::2, ox::2], atol=1e-12)
-    jump, side = net.spec.jump, net.spec.window
-    all_windows = overfeat.windows(*dense[0].shape[1:3], jump, side).reshape(*dense[0].shape[1:3], 4)
-    coarse = overfeat.windows(*scores.shape[1:3], jump * 2, side, (oy * jump, ox * jump))
-    assert_array_equal(coarse.reshape(*scores.shape[1:3], 4), all_windows[oy::2, ox::2])
+    F, (scores, edges, _) = net.dense(x), net.forward(x, offset=offset)
+    for f, y in zip(F, (scores, edges)):
+        assert_allclose(y, f[:, oy::3, ox::3], rtol=0, atol=1e-12)
+    for f, y in zip(F, net.forward(x, offset=None)):
+        assert_array_equal(y, f)
+    fine = overfeat.windows(net.table, *F[0].shape[1:3]).reshape(*F[0].shape[1:3], 4)
+    assert_array_equal(overfeat.windows(net.table, *scores.shape[1:3], offset).reshape(*scores.shape[1:3], 4), fine[oy::3, ox::3])
+    assert_array_equal(net.coarse(F[0]), F[0][:, ::3, ::3])
 
 
-def test_windows_stand_symmetric_in_the_image():
-    """A net with mirrored kernels sees in the mirrored image the mirrored map: no window is off by part of a pixel."""
-    net, mirrored = small_net(), small_net()
-    for array in mirrored.params.values():
-        if array.ndim == 4:
-            array[...] = array[:, ::-1].copy()
-    x = np.random.default_rng(1).standard_normal((1, 32, 48, 3))
-    for F, G in zip(net.dense(x), mirrored.dense(x[:, :, ::-1])):
-        assert_allclose(G[:, :, ::-1], F, atol=1e-12)
-    grid = overfeat.windows(*net.dense(x)[0].shape[1:3], net.spec.jump, net.spec.window)
-    assert grid.min() == 0 and grid[:, 2].max() == 48 and grid[:, 3].max() == 32
+@pytest.mark.parametrize("table", ["tiny", "padded", "unpadded accurate"])
+def test_the_fine_map_is_the_net_on_every_window_of_the_image_only_without_padding(table, monkeypatch):
+    """Notes 3.4, 2.: a padded trunk sees real pixels where a crop sees zeros, so there the equality must fail."""
+    if table == "unpadded accurate":
+        monkeypatch.setitem(TABLES, table, unpadded(ACCURATE))
+    net = make(table, **{"width": 1 / 100} if "accurate" in table else {})
+    side = net.table.window
+    x = images(side + net.table.jump, side + (2 if side < 100 else 1) * net.table.jump)
+    for F, head in zip(net.dense(x), (0, 1)):
+        crops = np.empty_like(F).reshape(-1, F.shape[3])
+        for crop, (x1, y1, x2, y2) in zip(crops, overfeat.windows(net.table, *F.shape[1:3]).astype(int)):
+            crop[:] = net.forward(x[:, y1:y2, x1:x2])[head].ravel()
+        assert np.ptp(crops, 0).max() > 1e-6
+        error = np.abs(crops.reshape(F.shape) - F).max() / np.abs(F).max()
+        assert error > 0.01 if table == "padded" else error < 1e-12
 
 
 def test_an_image_moved_by_the_jump_moves_the_map_by_one():
-    net, x = small_net(), np.random.default_rng(1).standard_normal((1, 80, 80, 3))
-    a, b = net.dense(x[:, :-4])[0], net.dense(x[:, 4:])[0]
-    assert_allclose(a[:, 5:-4, 4:-4], b[:, 4:-5, 4:-4], atol=1e-12)
+    net, x = make(), images(60, 61)
+    assert_allclose(net.dense(x[:, 4:])[0], net.dense(x)[0][:, 1:], rtol=0, atol=1e-12)
+    assert_allclose(net.dense(x[:, :, 8:])[0], net.dense(x)[0][:, :, 2:], rtol=0, atol=1e-12)
 
 
-def test_dense_says_when_no_window_fits():
-    with pytest.raises(ValueError, match="OverFeat.dense: x must hold a window of 16 pixels"):
-        small_net().dense(np.zeros((1, 12, 40, 3)))
+def test_a_net_of_mirrored_kernels_sees_the_mirrored_map_in_the_mirrored_image():
+    net, mirrored = make("padded"), make("padded")
+    for array in mirrored.params.values():
+        if array.ndim == 4:
+            array[...] = array[:, ::-1].copy()
+    H, W = net.table.sizes[1]
+    x = images(H, W)
+    assert_allclose(mirrored.dense(x[:, :, ::-1])[0][:, :, ::-1], net.dense(x)[0], rtol=0, atol=1e-12)
 
 
-# Windows and targets
+# Its gradient (notes, 3.5)
 
-def test_edges_of_the_worked_example():
-    """overfeat notes 4.2: gt (60, 40, 200, 180), window at r = 2, c = 3 of jump 12, side 221."""
-    window, box = np.array([[36., 24, 257, 245]]), np.array([[60., 40, 200, 180]])
-    t = overfeat.encode(window, box)
-    assert_allclose(t[0], (0.108597, 0.072398, 0.742081, 0.705882), atol=1e-6)
-    assert_allclose(overfeat.decode(window, t), box, atol=1e-12)
+def with_parameters(net, x, **how):
+    """The net as a function of its parameters, for check_grad; the dropout masks are always the same."""
+    places = [(layer, key) for layer in net.leaves().values() for key in layer.params]
 
+    def forward(*params):
+        for (layer, key), p in zip(places, params):
+            layer.params[key] = p
+        scores, edges, cache = net.forward(x, rng=np.random.default_rng(3), **how)
+        return [scores, edges], cache
 
-def test_the_fifty_percent_rule_of_the_worked_example():
-    window, box = np.array([[108., 72, 329, 293]]), np.array([[60., 40, 200, 180]])
-    seen = box_ops.intersection(window, box)[0, 0] / box_ops.area(box)[0]
-    assert seen == pytest.approx(0.5069, abs=1e-4)
-    assert overfeat.assign(window, box, np.array([0]), 1, negative=0.1)[2].all()
-    assert not overfeat.assign(window, box, np.array([0]), 1, negative=0.1, visible=0.51)[2].any()
-
-
-@given(st.integers(0, 10 ** 6))
-def test_assign_is_the_definition(seed):
-    rng = np.random.default_rng(seed)
-    grid = overfeat.windows(3, 4, 8, 16)
-    boxes = rng.integers(0, 40, (rng.integers(0, 6), 4)).astype(float)
-    boxes[:, 2:] += boxes[:, :2] + 1
-    names = rng.integers(-1, 3, len(boxes))
-    labels, edges, regress = overfeat.assign(grid, boxes, names, background=3)
-    for w, label, edge, use_box in zip(grid, labels, edges, regress):
-        best, best_iou, seen = None, 0.0, 0.0
-        for i, b in enumerate(boxes):
-            inter = max(0, min(w[2], b[2]) - max(w[0], b[0])) * max(0, min(w[3], b[3]) - max(w[1], b[1]))
-            area = (b[2] - b[0]) * (b[3] - b[1])
-            if inter / (256 + area - inter) > best_iou:
-                best, best_iou, seen = i, inter / (256 + area - inter), inter / area
-        assert label == (names[best] if best_iou >= 0.5 else 3 if best_iou < 0.3 else -1)
-        assert use_box == (best_iou >= 0.3 and seen >= 0.5 and names[best] >= 0)
-        if use_box:
-            assert_allclose(edge * 16 + w[[0, 1, 0, 1]], boxes[best], atol=1e-9)
+    def backward(dys, cache):
+        for layer, key in places:
+            layer.grads[key][...] = 0
+        net.backward(*dys, cache)
+        return [layer.grads[key].copy() for layer, key in places]
+    return forward, backward, [layer.params[key] for layer, key in places]
 
 
-@given(st.integers(0, 10 ** 6))
-def test_select_keeps_positives_and_the_worst_negatives(seed):
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(-1, 4, rng.integers(1, 120))
-    p = rng.random(len(labels))
-    drawn, ranks = overfeat.draw(labels, 3, np.random.default_rng(1), most=10)
-    other = rng.random(len(labels))                                 # each row of a batch has ranks of its own
-    chosen = overfeat.select(np.stack([drawn] * 2), np.stack([ranks] * 2), np.stack([other, p]), 3)[1]
-    kept = chosen >= 0
-    assert_array_equal(chosen[kept], labels[kept])                  # nothing is relabelled, ignored stays ignored
-    positives, negatives = (labels >= 0) & (labels < 3), np.flatnonzero(labels == 3)
-    n = min(10, positives.sum())
-    assert (kept & positives).sum() == n
-    wanted = min(max(8, 3 * n), len(negatives))
-    assert (chosen == 3).sum() == wanted
-    worst = negatives[np.argsort(p[negatives])][:wanted // 2]       # lowest p(background) = largest 1 - p
-    assert (chosen[worst] == 3).all()
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradient_of_all_parameters_at_fine_stride(backend):
+    """The map of 1 x 2 windows: offsets have one of them, or none at all."""
+    net, x = make("smallest", 2, dropout=0.3), images(5, 6)
+    with use(backend) as put:
+        net.to(put)
+        forward, backward, params = with_parameters(net, put(x), train=True, offset=None)
+        check_grad(forward, backward, [to_numpy(p).copy() for p in params], put=put)
+        assert all(to_numpy(g).any() for g in net.grads.values())
 
 
-# Loss and gradient
-
-def batch(net, seed=0, size=40):
-    rng = np.random.default_rng(seed)
-    x = rng.standard_normal((2, size, size, 3))
-    targets = [(np.array([[4., 4, 21, 19], [20, 16, 35, 33]]), np.array([0, 2]), np.array([0., 0, size, size])),
-               (np.array([[10., 8, 27, 25]]), np.array([1]), np.array([0., 0, size, size]))]
-    return x, targets
-
-
-def total_loss(net, x, targets, offset):
-    rng = np.random.default_rng(3)
-    scores, edges, cache = net.forward(x, train=True, rng=rng, offset=offset)
-    return (*overfeat.loss(net.spec, scores, edges, targets, rng, 0.7, offset), cache)
-
-
-@pytest.mark.parametrize("offset", [(0, 0), (1, 0)])
-def test_gradient_of_the_whole_net(offset):
-    net = small_net(dropout=0.3)
-    x, targets = batch(net)
-    values, dscores, dedges, cache = total_loss(net, x, targets, offset)
-    assert values["positives"] >= 3 and values["box_loss"] > 0
+@pytest.mark.parametrize("table", ["padded", "pool2"])
+def test_the_fine_gradient_is_the_sum_over_the_offsets(table):
+    net = make(table)
+    p, x = net.table.pool, images(net.table.window + 10, net.table.window + 12, 2)
+    scores, edges, cache = net.forward(x, offset=None)
+    rng = np.random.default_rng(2)
+    dscores, dedges = rng.standard_normal(scores.shape), rng.standard_normal(edges.shape)
     net.backward(dscores, dedges, cache)
-    rng, eps, worst = np.random.default_rng(5), 1e-6, 0.0
-    for name, w in net.params.items():
-        for at in rng.choice(w.size, min(3, w.size), replace=False):
-            before = w.flat[at]
-            w.flat[at] = before + eps
-            up = total_loss(net, x, targets, offset)[0]["loss"]
-            w.flat[at] = before - eps
-            down = total_loss(net, x, targets, offset)[0]["loss"]
-            w.flat[at] = before
-            analytic, numeric = net.grads[name].flat[at], (up - down) / (2 * eps)
-            assert abs(analytic - numeric) <= 1e-6 * max(1, abs(numeric)), (name, at, analytic, numeric)
-            worst = max(worst, abs(numeric))
-    assert worst > 1e-3
+    fine = {k: g.copy() for k, g in net.grads.items()}
+    for g in net.grads.values():
+        g[...] = 0
+    for oy, ox in np.ndindex(p, p):
+        net.backward(dscores[:, oy::p, ox::p], dedges[:, oy::p, ox::p], net.forward(x, offset=(oy, ox))[2])
+    for name, g in net.grads.items():
+        assert g.any()
+        assert_allclose(g, fine[name], rtol=1e-12, atol=1e-12)
 
 
-def test_windows_that_are_not_trained_have_no_gradient():
-    net = small_net()
-    x, targets = batch(net)
-    targets = [(b, n, np.array([0., 0, 20, 40])) for b, n, _ in targets]      # the photograph ends at x = 20
-    scores, edges, _ = net.forward(x)
-    values, dscores, dedges = overfeat.loss(net.spec, scores, edges, targets, np.random.default_rng(0))
-    grid = overfeat.windows(*scores.shape[1:3], 8, 16).reshape(*scores.shape[1:3], 4)
-    outside = (grid[..., 0] + 8) > 20
-    assert outside.any() and not outside.all() and np.abs(dscores[:, ~outside]).max() > 0
-    assert not dscores[:, outside].any() and not dedges[:, outside].any()
-    chosen = np.abs(dscores).max(-1) > 0
-    assert chosen.sum() <= 2 * (64 + 3 * 64)
-    assert_allclose(dscores.sum(-1), 0, atol=1e-12)                 # each row of softmax - onehot sums to 0
+def test_no_gradient_where_none_came_from():
+    net, x = make("padded"), images(33, 30)
+    scores, edges, cache = net.forward(x, offset=None)
+    net.backward(0 * scores, 0 * edges, cache)
+    assert not any(g.any() for g in net.grads.values())
+    net.parts["trunk"].freeze()                                     # sec. 4: the regressor alone, on a trained trunk
+    none, edges, cache = net.forward(x, offset=None, heads=("regressor",))
+    net.backward(None, edges, cache)
+    assert none is None
+    assert {name.split(".")[0] for name, g in net.grads.items() if g.any()} == {"regressor"}
+    assert net.dense(x, heads=("classifier",))[1] is None and make(regressor=None).forward(images(33, 33))[1] is None
 
 
-def test_images_without_objects_train_the_background_only():
-    net = small_net()
-    x, _ = batch(net)
-    empty = (np.zeros((0, 4)), np.zeros(0, int), np.array([0., 0, 40, 40]))
-    scores, edges, _ = net.forward(x)
-    values, dscores, dedges = overfeat.loss(net.spec, scores, edges, [empty, empty], np.random.default_rng(0))
-    assert values["positives"] == 0 and values["box_loss"] == 0 and not dedges.any()
-    assert (dscores[..., 3] <= 0).all() and dscores[..., 3].min() < 0
+def test_dropout_is_inverted_and_stands_behind_the_classifiers_hidden_layers_only():
+    net, x = make("padded", dropout=0.5), images(25, 25)
+    runs = [net.forward(x, True, np.random.default_rng(seed)) for seed in range(4)]
+    assert len({float(scores.sum()) for scores, _, _ in runs}) > 1
+    assert len({edges.tobytes() for _, edges, _ in runs}) == 1
+    assert [name for name in net.leaves() if "drop" in name] == ["classifier.fc3_drop", "classifier.fc4_drop"]
+    assert all(net.leaves()[f"classifier.{name}_drop"].inverted for name in ("fc3", "fc4"))
 
 
-def test_few_boxes_pull_less_than_a_full_batch():
-    net = small_net()
-    x, targets = batch(net)
-    scores, edges, _ = net.forward(np.concatenate([x] * 4))
-    empty = (np.zeros((0, 4)), np.zeros(0, int), np.array([0., 0, 40, 40]))
-    many, _, full = overfeat.loss(net.spec, scores, edges, targets * 4, np.random.default_rng(0))
-    one = (np.array([[4., 4, 21, 19]]), np.array([0]), np.array([0., 0, 21, 21]))       # a box seen by few windows
-    few, _, small = overfeat.loss(net.spec, scores, edges, [one] + [empty] * 7, np.random.default_rng(0))
-    grid = overfeat.windows(*scores.shape[1:3], 8, 16)
-    answer = overfeat.assign(grid, *one[:2], 3)[2] & ((grid[:, :2] + 8) <= 21).all(1)
-    kept = answer.sum()
-    assert 0 < kept < 8
-    difference = (edges[0].reshape(-1, 4) - overfeat.encode(grid, one[0]))[answer]
-    assert few["box_loss"] == pytest.approx((difference ** 2).sum() / 2 / 8)            # divided by the images, not by the kept
-    assert_allclose(small[0].reshape(-1, 4)[answer], difference / 8, atol=1e-12)
+# Classification (notes, 3.2 and 3.3)
+
+def test_vote_of_the_worked_example():
+    a = np.stack([[[.7, .1], [.2, .3]], [[.2, .8], [.3, .3]], [[.1, .1], [.5, .4]]], -1)
+    b = np.array([[[.6, .3, .1]]])
+    assert_allclose(overfeat.vote([a, b]), (.65, .55, .30), rtol=0, atol=1e-15)
+    assert_allclose(overfeat.vote([b, a]), overfeat.vote([a, b]), rtol=0, atol=1e-15)
+    with pytest.raises(ValueError, match=r"^overfeat\.vote: maps must be arrays \(h, w, K\) of one K, at least one, got \[\]"):
+        overfeat.vote([])
+    with pytest.raises(ValueError, match="of one K"):
+        overfeat.vote([a, b[..., :2]])
 
 
-def steps_on(net, examples, count, lr, size=64, crops=4):
-    optimizer, losses = optim.SGD(net, momentum=0.9), []
-    for i in range(count):
-        rng = np.random.default_rng([7, i])
-        images, targets = zip(*(overfeat.training_view(net.spec, examples[j % len(examples)], rng, size) for j in range(crops)))
-        scores, edges, cache = net.forward(net.normalise(np.stack(images)), train=True, rng=rng)
-        values, dscores, dedges = overfeat.loss(net.spec, scores, edges, targets, rng)
-        net.backward(dscores, dedges, cache)
-        optimizer.step(lr)
-        losses.append(values["loss"])
-    return losses
+@pytest.mark.parametrize("fine, probabilities, flip", [(True, True, True), (False, True, False), (True, False, True)])
+def test_classify_is_the_vote_over_scales_and_flips(fine, probabilities, flip):
+    net, image = make("padded", regressor=None), picture(40, 50)
+    sizes = net.table.sizes[:2]
+    expected = []
+    for size in sizes:
+        for view in (overfeat.resize_to(net.table, image, size), overfeat.resize_to(net.table, image, size)[:, ::-1])[:1 + flip]:
+            F = net.dense(net.normalise(view[None]))[0][0]
+            F = F if fine else F[::3, ::3]
+            F = softmax_loss.softmax(F) if probabilities else F
+            expected.append(F.max((0, 1)))
+    found = overfeat.classify(net, image, sizes, flip, fine, probabilities)
+    assert found.dtype == np.float64
+    assert_allclose(found, np.mean(expected, 0), rtol=0, atol=1e-12)
+    assert_allclose(overfeat.classify(net, image, sizes[::-1], flip, fine, probabilities), found, rtol=0, atol=1e-12)
+    if flip:
+        assert_allclose(overfeat.classify(net, image[:, ::-1], sizes, flip, fine, probabilities), found, rtol=0, atol=0.02)
 
 
-def test_overfits_four_images():
-    examples = scenes.scenes(4, seed=5)
-    spec = overfeat.spec_for(examples, scenes.CLASSES, widths=(8, 16, 24, 24), hidden=48)
-    net = overfeat.OverFeat(spec, np.random.default_rng(0))
-    losses = steps_on(net, examples, 250, 0.05, size=96, crops=8)
-    assert np.mean(losses[-20:]) < 0.25 * np.mean(losses[:5])
-    found = [overfeat.detect(net, e.image()) for e in examples]
-    assert evaluate.mean_ap(evaluate.voc(found, examples, scenes.CLASSES)) > 0.9
+def test_classify_uses_all_six_scales_and_a_committee_is_the_mean():
+    a, b, image = make("padded"), make("padded", 1), picture(30, 30)
+    assert_allclose(overfeat.classify(a, image), overfeat.classify(a, image, a.table.sizes), rtol=0, atol=0)
+    how = dict(sizes=a.table.sizes[:1], flip=False)
+    both = [overfeat.classify(net, image, **how) for net in (a, b)]
+    assert np.abs(both[0] - both[1]).max() > 1e-3
+    assert_allclose(overfeat.committee([a, b], image, **how), (both[0] + both[1]) / 2, rtol=0, atol=1e-15)
 
 
-def test_first_ten_losses_stay_what_they_were():
-    """A change of any op, layer, target or draw shows here. Stored from this test; float64, so equal to 1e-6 on any BLAS."""
-    examples = scenes.scenes(4, seed=5)
-    net = overfeat.OverFeat(overfeat.spec_for(examples, scenes.CLASSES, **SMALL), np.random.default_rng(0), np.float64)
-    assert_allclose(steps_on(net, examples, 10, 0.05), FIRST_LOSSES, atol=1e-6)
+@pytest.mark.parametrize("H, W, wanted, aspect", [(375, 500, (281, 317), (281, 389)), (500, 375, (317, 281), (389, 281)),
+                                                  (300, 300, (281, 317), (281, 281)), (100, 1000, (281, 317), (281, 2801))])
+def test_a_scale_is_turned_for_portraits_and_may_keep_the_aspect(H, W, wanted, aspect):
+    """500 / 375 * 281 = 374.67: 353 and 389 are nearest of 245 + 36 q."""
+    assert overfeat.resize_to(ACCURATE, picture(H, W), (281, 317)).shape == (*wanted, 3)
+    assert overfeat.resize_to(ACCURATE, picture(H, W), (281, 317), keep_aspect=True).shape == (*aspect, 3)
 
 
-FIRST_LOSSES = [2.050502167, 1.983667549, 1.900079354, 1.752286734, 1.533388337, 1.490057322, 1.219374019, 1.239798195, 0.866894662,
-                0.822516999]
+def test_an_image_of_the_scales_size_stays_as_it_is():
+    image = picture(317, 281)
+    assert_array_equal(overfeat.resize_to(ACCURATE, image, (281, 317)), image)
 
 
-# Training views and specs
-
-def test_boxes_of_training_views_lie_on_what_they_enclose():
-    spec = overfeat.Spec(("a",), (0.8, 0.57, 0.4))
-    image = np.full((150, 200, 3), 40, np.uint8)
-    image[50:100, 70:130] = (250, 250, 250)
-    example = data.Example("x", image, (200, 150), np.array([[70., 50, 130, 100]]), np.array([0]), np.array([False]))
-    rng, seen = np.random.default_rng(0), 0
-    for _ in range(200):
-        crop, (boxes, labels, inside) = overfeat.training_view(spec, example, rng, 128)
-        assert crop.shape == (128, 128, 3) and crop.dtype == np.uint8 and labels.tolist() == [0]
-        x1, y1, x2, y2 = boxes[0]
-        if min(x1, y1) < 1 or max(x2, y2) > 127:
-            continue
-        seen += 1
-        ys, xs = np.nonzero((crop[..., 0] > 145) & (crop[..., 2] > 145))
-        assert_allclose((xs.min(), ys.min(), xs.max() + 1, ys.max() + 1), boxes[0], atol=1.6)
-        assert_allclose((boxes[0, 2] - boxes[0, 0]) / 60, (inside[2] - inside[0]) / 200)
-    assert seen > 50
+def test_ten_views_are_corners_and_centre_and_their_mirror_images():
+    image, table = picture(30, 41), tiny(1)                         # window 25
+    views = overfeat.ten_views(table, image, short=30)
+    for view, (y, x) in zip(views, ((0, 0), (0, 16), (5, 0), (5, 16), (2, 8))):
+        assert_array_equal(view, image[y:y + 25, x:x + 25])
+    assert_array_equal(views[5:], views[:5, :, ::-1])
+    assert overfeat.ten_views(FAST, picture(128, 200)).shape == (10, 231, 231, 3)
+    net = make("padded")
+    scores = net.forward(net.normalise(views))[0]
+    assert scores.shape == (10, 1, 1, 3)
+    assert_allclose(overfeat.classify_ten(net, image, 30), softmax_loss.softmax(scores).mean((0, 1, 2)), rtol=0, atol=1e-12)
 
 
-def test_views_near_an_object_hold_it():
-    spec = overfeat.Spec(("a",), (0.5,))
-    example = data.Example("x", np.zeros((1000, 1000, 3), np.uint8), (1000, 1000), np.array([[470., 470, 534, 534]]),
-                           np.array([0]), np.array([False]))
-    rng = np.random.default_rng(0)
-    held = [overfeat.training_view(spec, example, rng, 128, near_object=p)[1][0][0] for p in [1.0] * 40]
-    assert all(b.min() >= 0 and b.max() <= 128 for b in held)
+def test_training_views_are_windows_of_the_image_at_its_short_side_half_of_them_mirrored():
+    image, table, rng, seen = picture(27, 30), tiny(1), np.random.default_rng(0), set()
+    crops = {image[y:y + 25, x:x + 25][:, ::step].tobytes(): (y, x, step) for y in range(3) for x in range(6) for step in (1, -1)}
+    for _ in range(300):
+        view = overfeat.training_view(table, image, rng, short=27)
+        assert view.shape == (25, 25, 3) and view.dtype == np.uint8
+        seen.add(crops[view.tobytes()])
+    assert len(seen) == 36
+    assert overfeat.training_view(ACCURATE, picture(100, 130), rng).shape == (221, 221, 3)
+    with pytest.raises(ValueError, match=r"^overfeat\.training_view: short must be at least the window's 231 pixels, got 200"):
+        overfeat.training_view(FAST, image, rng, short=200)
 
 
-def test_difficult_boxes_are_not_trained():
-    example = data.Example("x", np.zeros((64, 64, 3), np.uint8), (64, 64), np.array([[5., 5, 30, 30], [30, 30, 60, 60]]),
-                           np.array([0, 0]), np.array([True, False]))
-    _, (boxes, labels, _) = overfeat.training_view(overfeat.Spec(("a",), (1.0,)), example, np.random.default_rng(0), 64)
-    assert len(boxes) == 2 and labels.tolist() == [-1, 0]
-    answer, _, regress = overfeat.assign(boxes, boxes, labels, background=1)
-    assert answer.tolist() == [-1, 0] and regress.tolist() == [False, True]
+def test_errors():
+    for more, told in ((dict(table="slow"), "table must be one of fast, accurate"),
+                       (dict(classes=("a", "a")), "classes must be different"),
+                       (dict(dropout=1.0), "dropout must lie"), (dict(init=0.0), "init must be None, or above 0"),
+                       (dict(width=0.0), "width must be above 0"), (dict(regressor="scr"), "regressor None, 'SCR' or 'PCR'")):
+        with pytest.raises(ValueError, match=told):
+            Spec(**{"classes": ("a", "b"), **more})
+    net = make()
+    with pytest.raises(ValueError, match=r"^OverFeat\.dense: route must be 'offsets' or 'dilated', got 'both'"):
+        net.dense(images(40, 40), "both")
+    with pytest.raises(ValueError, match=r"^OverFeat\.forward: offset must lie in 0\.\.2, got \(3, 0\)"):
+        net.forward(images(60, 60), offset=(3, 0))
+    with pytest.raises(ValueError, match=r"^OverFeat\.dense: x must have shape \(N, H, W, 3\), got \(1, 40, 40\)"):
+        net.dense(images(40, 40)[..., 0])
 
 
-def box_examples(sides):
-    boxes = np.array([[0, 0, s, s] for s in sides], float).reshape(-1, 4)
-    return [data.Example("x", np.zeros((8, 8, 3), np.uint8), (8, 8), boxes, np.zeros(len(boxes), int), np.zeros(len(boxes), bool))]
+# Files, and where the regressor starts
 
-
-@given(st.floats(8, 200), st.floats(1, 20))
-def test_spec_covers_every_object_size(low, spread):
-    sides = np.geomspace(low, low * spread, 400)
-    spec = overfeat.spec_for(box_examples(sides), ("a",))
-    assert 24 <= spec.window <= 64 and spec.window % 8 == 0
-    covered = spec.window / np.array(spec.scales)                   # window sides in pixels of the image
-    nearest = np.abs(np.log(sides[5:-5, None] / covered)).min(1)
-    assert nearest.max() < np.log(1.4)
-    assert sorted(spec.scales, reverse=True) == list(spec.scales)
-
-
-def test_spec_errors():
-    with pytest.raises(ValueError, match="overfeat.spec_for: the training images must hold at least one box, got none"):
-        overfeat.spec_for(box_examples([]), ("a",))
-    with pytest.raises(ValueError, match="window must be a positive multiple of 8 pixels, got 30"):
-        overfeat.spec_for(box_examples([30]), ("a",), 30)
-
-
-def test_spec_from_known_quantiles():
-    spec = overfeat.spec_for(box_examples(np.linspace(50, 150, 101)), ("a",))   # 5 % quantile 55, 0.8 * 55 = 44
-    assert spec.window == 40 and len(spec.scales) == 3                          # log(149 / 51) / log(1.4) = 3.2
-    assert_allclose(40 / np.array(spec.scales), 51 * (149 / 51) ** (np.array([1, 3, 5]) / 6))
-    assert len(overfeat.spec_for(box_examples([3.0, 1100.0] * 50), ("a",)).scales) == 10
-
-
-def test_spec_warns_of_boxes_too_long_for_a_square():
-    example = box_examples([30])[0]
-    long = data.Example("x", example.source, example.size, np.array([[0., 0, 90, 30]]), example.labels, example.difficult)
-    with pytest.warns(UserWarning, match="1 of 1 boxes are more than 2.25 times as long as wide"):
-        overfeat.spec_for([long], ("a",))
-
-
-# Detection
-
-def windows_of(seed=0, n=60, K=2):
-    rng = np.random.default_rng(seed)
-    boxes = rng.uniform(0, 100, (n, 4))
-    boxes[:, 2:] = boxes[:, :2] + rng.uniform(5, 40, (n, 2))
-    return boxes, softmax_loss.softmax(rng.normal(0, 2, (n, K + 1)))
-
-
-def test_combine_merges_each_class_for_itself():
-    boxes, p = windows_of()
-    b, labels, scores = overfeat.combine(boxes, p, min_score=0.2)
-    assert (np.diff(scores) <= 0).all()
-    for k in (0, 1):
-        seen = p[:, k] >= 0.2
-        expected = merge.merge(boxes[seen], p[seen, k], 0.5, "count")
-        assert scores[labels == k].sum() == pytest.approx(p[seen, k].sum(), abs=1e-9)        # confidence is conserved
-        order = np.argsort(-expected[1], kind="stable")
-        assert_array_equal(b[labels == k], expected[0][order])
-    b, labels, scores = overfeat.combine(boxes, p, "nms", 0.3, min_score=0.2)
-    for k in (0, 1):
-        seen = p[:, k] >= 0.2
-        assert_array_equal(scores[labels == k], p[seen, k][nms.nms(boxes[seen], p[seen, k], 0.3)])
-
-
-def test_combine_of_nothing_and_errors():
-    boxes, p = windows_of()
-    for b, labels, scores in (overfeat.combine(boxes, p, min_score=2.0), overfeat.combine(boxes[:0], p[:0])):
-        assert b.shape == (0, 4) and labels.shape == scores.shape == (0,)
-    assert len(overfeat.combine(boxes, p, limit=3)[0]) == 3
-    with pytest.raises(ValueError, match="overfeat.combine: merging must be merge or nms, got 'soft'"):
-        overfeat.combine(boxes, p, "soft")
-
-
-@pytest.mark.parametrize("size", [(1, 1), (5, 90), (33, 21), (200, 150)])
-def test_detect_takes_images_of_any_size(size):
-    net = small_net(dtype=np.float32)
-    image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
-    boxes, labels, scores = overfeat.detect(net, image)
-    assert boxes.shape == (len(scores), 4) and len(labels) == len(scores)
-    assert (boxes >= 0).all() and (boxes[:, [0, 2]] <= size[1]).all() and (boxes[:, [1, 3]] <= size[0]).all()
-    assert (box_ops.area(boxes) > 0).all()
-
-
-def test_look_gives_boxes_in_pixels_of_the_image():
-    """With a regressor that answers (0, 0, 1, 1) each window gives itself: they tile the image and half a window around it."""
-    net = small_net(dtype=np.float32)
-    last = list(net.parts["regressor"].parts.values())[-1]
-    last.params["w"][...], last.params["b"][...] = 0, (0, 0, 1, 1)
-    boxes, p = overfeat.look(net, np.zeros((60, 80, 3), np.uint8), 0.5)
-    side = net.spec.window / 0.5
-    assert_allclose(boxes[:, 2] - boxes[:, 0], side)
-    assert_allclose((boxes[:, 0].min(), boxes[:, 1].min()), -side / 2)
-    assert_allclose((boxes[:, 2].max(), boxes[:, 3].max()), (80 + side / 2, 60 + side / 2), atol=net.spec.jump / 0.5)
-    assert len(p) == len(boxes) and np.allclose(p.sum(1), 1)
-
-
-# Files
-
-def test_saved_and_loaded_net_detects_the_same(tmp_path):
-    net = small_net(dtype=np.float32)
-    overfeat.save(net, tmp_path / "w.npz", {"merging": "nms", "cut": {"a": 0.5}})
-    other, settings = overfeat.load(tmp_path / "w.npz")
-    assert other.spec == net.spec and settings == {"merging": "nms", "cut": {"a": 0.5}}
-    image = np.random.default_rng(0).integers(0, 256, (64, 48, 3), np.uint8)
-    for a, b in zip(overfeat.detect(net, image), overfeat.detect(other, image)):
+@pytest.mark.parametrize("regressor", ["SCR", "PCR"])
+def test_an_untrained_regressor_may_answer_with_the_window(regressor):
+    spec = Spec(("a", "b", "c"), "tiny", regressor=regressor)
+    plain, net = (OverFeat(dataclasses.replace(spec, from_window=on), np.random.default_rng(0)) for on in (False, True))
+    bias = net.params["regressor.out.b"]
+    assert_array_equal(bias.reshape(-1, 4), [[0, 0, 1, 1]] * (3 if regressor == "PCR" else 1))
+    assert_allclose(net.forward(images(33, 33).astype(np.float32))[1][0, 0, 0], bias, atol=0.02)
+    plain.params["regressor.out.b"][...] = bias
+    for a, b in zip(plain.arrays().values(), net.arrays().values()):
         assert_array_equal(a, b)
 
 
-def test_files_that_hold_no_net_are_refused(tmp_path):
-    path, net = tmp_path / "w.npz", small_net(dtype=np.float32)
-    good = {"model": "overfeat", "spec": {"classes": ["a"], "scales": [1.0]}, "settings": {}}
-    for arrays, meta, message in (
-            ({}, {"steps": 3}, "must describe a net of overfeat"),
-            ({}, {**good, "model": "retinanet"}, "must describe a net of overfeat, got: .*the weights of 'retinanet'"),
-            ({}, {**good, "spec": {"colour": 3}}, "must describe a net of overfeat"),
-            *(({}, {**good, "spec": {**good["spec"], **wrong}}, "must describe a net of overfeat, got: " + told) for wrong, told in (
-                ({"hidden": 10**8}, ".*far larger than the file's arrays"), ({"k": 10**5}, ".*far larger"), ({"pool": 0}, ".*pool must be at least 1"),
-                ({"jump": -1}, ".*jump must"), ({"widths": [1, 2, 3]}, ".*four widths"), ({"widths": [1, 2, 3, 0]}, ".*width 3 must"),
-                ({"scales": [0]}, ".*scales above 0"), ({"scales": "ab"}, ".*scales above 0"), ({"mean": math.nan}, ".*mean be finite"),
-                ({"std": 0}, ".*std above 0"), ({"std": "x"}, "TypeError"), ({"dropout": 7}, ".*dropout must"), ({"classes": [1, 2]}, ".*different names"),
-                ({"classes": ["a", "a"]}, ".*different names"), ({"classes": []}, ".*different names"))),
-            (net.arrays(), good, r"w.npz: \S+ must have shape"),
-            ({}, good, "w.npz lacks the array")):
-        files.write_arrays(path, arrays, meta)
-        with pytest.raises(ValueError, match=message):
-            overfeat.load(path)
-    with pytest.raises(FileNotFoundError, match="there is no file"):
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_saved_net_comes_back_as_it_was(tmp_path, dtype):
+    net = OverFeat(Spec(("a", "b"), "padded", 0.75, "PCR", 0.1, None, 100.0, 50.0, True), np.random.default_rng(1), dtype)
+    overfeat.save(net, tmp_path / "w.npz", {"sizes": [[37, 49]]})
+    found, settings = overfeat.load(tmp_path / "w.npz")
+    assert found.spec == net.spec and found.dtype == dtype and settings == {"sizes": [[37, 49]]}
+    x = images(37, 37).astype(dtype)
+    for a, b in zip((*net.dense(x), *net.params.values()), (*found.dense(x), *found.params.values())):
+        assert_array_equal(a, b, strict=True)
+
+
+@pytest.mark.parametrize("change, told", [
+    ({"model": "retinanet"}, "the weights of 'retinanet'"), ({"spec": {"colour": 1}}, "TypeError"),
+    ({"spec": {"table": "slow"}}, "table must be one of"),
+    ({"spec": {"k": 10**5}}, "far larger"), ({"spec": {"pool": 0}}, "pool must be at least 1"), ({"spec": {"k": "4"}}, "TypeError"),
+    ({"spec": {"scales": [0]}}, "scales must be above 0"), ({"spec": {"scales": "ab"}}, "scales must be above 0"),
+    ({"spec": {"scales": [1.0, 2.0]}}, "the largest first"), ({"spec": {"mean": math.nan}}, "mean be finite"), ({"spec": {"std": 0}}, "std above 0"),
+    ({"spec": {"std": "x"}}, "TypeError"), ({"spec": {"dropout": 7}}, "dropout must"), ({"spec": {"classes": [1, 2]}}, "different names"),
+    ({"spec": {"classes": []}}, "different names"),
+    ({"spec": {"width": "x"}}, "TypeError"), ({"spec": {"table": "fast", "width": 1.0}}, "a net of 141,832,066 parameters, far larger"),
+    ({"spec": {"table": ["fast"]}}, "table must be one of"), ({"spec": {"table": {}}}, "unhashable"), ({"settings": 3}, "settings 3")])
+def test_files_that_hold_no_net_are_refused(tmp_path, change, told):
+    net = OverFeat(Spec(("a", "b"), "tiny"), np.random.default_rng(0))
+    spec = {**dataclasses.asdict(net.spec), **change.get("spec", {})}
+    meta = {"model": "overfeat", "dtype": "float32", "settings": {}, **change, "spec": spec}
+    files.write_arrays(tmp_path / "w.npz", net.arrays(), meta)
+    with pytest.raises(ValueError, match=rf"^overfeat\.load: .*w\.npz must describe a net of overfeat, got: .*{told}"):
+        overfeat.load(tmp_path / "w.npz")
+    files.write_arrays(tmp_path / "w.npz", {}, {"model": "overfeat", "spec": dataclasses.asdict(net.spec), "settings": {}})
+    with pytest.raises(ValueError, match="w.npz lacks the array"):
+        overfeat.load(tmp_path / "w.npz")
+    with pytest.raises(FileNotFoundError):
         overfeat.load(tmp_path / "none.npz")

@@ -18,7 +18,7 @@ from test_examples import command, module
 from test_overfeat_weights import BYTES, RELEASED, conv, pool
 from tinydet import use
 from tinydet.models import overfeat_weights
-from tinydet.models.overfeat_nets import TABLES, OverFeatNet, Spec, Table
+from tinydet.models.overfeat import TABLES, OverFeat, Spec, Table
 
 program = module("overfeat_features")
 REAL = dict(TABLES)
@@ -112,7 +112,7 @@ def test_minus_f_is_the_last_convolution_but_one_before_its_relu(tmp_path, name,
     net, image = program.load(path, "features"), picture(20, 22)
     assert len(net.modules) == layer + 1 == program.feature_layer(TABLES[name]) + 1
     assert_array_equal(program.features(net, image), program.features(program.load(path, layer), image))
-    whole = OverFeatNet(Spec(tuple(map(str, range(1000))), name), np.random.default_rng(0))
+    whole = OverFeat(Spec(tuple(map(str, range(1000))), name), np.random.default_rng(0))
     overfeat_weights.load_published(whole, path)
     y = program.features(net, image)
     scores = np.einsum("chw,dc->hwd", np.maximum(y, 0), arrays[-2][:, :, 0, 0]) + arrays[-1]
@@ -181,7 +181,7 @@ def test_the_best_classes_are_printed_best_first(tmp_path, monkeypatch, capsys, 
     called(monkeypatch, "--weights", path, *["-l"] * (name == "accurate"), tmp_path / "0.png", tmp_path / "1.png", "-n", 3,
            "--names", tmp_path / "names")
     lines = capsys.readouterr().out.splitlines()
-    whole = OverFeatNet(Spec(tuple(map(str, range(1000))), name), np.random.default_rng(0))
+    whole = OverFeat(Spec(tuple(map(str, range(1000))), name), np.random.default_rng(0))
     overfeat_weights.load_published(whole, path)
     assert len(lines) == 6
     for found, image in ((lines[:3], shots[0]), (lines[3:], program.view(shots[1]))):

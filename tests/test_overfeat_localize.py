@@ -7,9 +7,9 @@ from conftest import BACKENDS
 from tinydet import to_numpy, use
 from tinydet.evaluate_classification import localization_error
 from tinydet.gradcheck import check_loss
-from tinydet.models import overfeat_localize as localization, overfeat_nets as nets
+from tinydet.models import overfeat_localize as localization, overfeat
 from tinydet.models.overfeat import decode
-from tinydet.models.overfeat_nets import TABLES, OverFeatNet, Spec, Table
+from tinydet.models.overfeat import TABLES, OverFeat, Spec, Table
 from tinydet.ops import merge, softmax_loss
 from tinydet.optim import SGD
 from tinydet.records import Example
@@ -29,7 +29,7 @@ def tables(monkeypatch):
 
 def make(table="tiny", regressor="SCR", seed=0):
     """A float64 net whose every array is random."""
-    net = OverFeatNet(Spec(("a", "b", "c"), table, regressor=regressor, dropout=0.3), np.random.default_rng(seed), np.float64)
+    net = OverFeat(Spec(("a", "b", "c"), table, regressor=regressor, dropout=0.3), np.random.default_rng(seed), np.float64)
     rng = np.random.default_rng(seed)
     for array in net.arrays().values():
         std = np.sqrt(2 / array[..., 0].size)
@@ -94,12 +94,12 @@ def test_boxes_come_back_from_every_scale():
         views = localization.training_scales(ACCURATE, image, boxes)
         assert [view.shape[:2] for view, _ in views] == [size[::1 if image.shape[1] > 150 else -1] for size in ACCURATE.sizes]
         for view, moved in views:
-            assert_array_equal(view, nets.resize_to(ACCURATE, image, sorted(view.shape[:2])))
+            assert_array_equal(view, overfeat.resize_to(ACCURATE, image, sorted(view.shape[:2])))
             factor = [view.shape[1] / image.shape[1], view.shape[0] / image.shape[0]] * 2
             assert_allclose(moved, boxes * factor, rtol=1e-15)
-            size = nets.outputs(ACCURATE, *view.shape[:2]).fine
+            size = overfeat.outputs(ACCURATE, *view.shape[:2]).fine
             t = localization.targets(ACCURATE, *size, moved[:1], LABEL)[0]
-            assert_allclose(decode(nets.windows(ACCURATE, *size), t) / factor, boxes[:1].repeat(len(t), 0), rtol=0, atol=1e-6)
+            assert_allclose(decode(overfeat.windows(ACCURATE, *size), t) / factor, boxes[:1].repeat(len(t), 0), rtol=0, atol=1e-6)
     aspect = localization.training_scales(ACCURATE, picture(300, 300), boxes, [(281, 317)], keep_aspect=True)
     assert aspect[0][0].shape == (281, 281, 3)
 
@@ -188,7 +188,7 @@ def by_definition(net, image, sizes, flip, fine, k, centre_only, mode):
     found = {}
     for size in sizes:
         for mirrored in (False, True)[:1 + flip]:
-            view = nets.resize_to(net.table, image, size)
+            view = overfeat.resize_to(net.table, image, size)
             (h, w), x0, y0 = view.shape[:2], 0, 0
             view = np.ascontiguousarray(view[:, ::-1] if mirrored else view)
             if centre_only:
@@ -243,7 +243,7 @@ class Oracle:
 
     def dense(self, x):
         h, w = x.shape[1:3]
-        size, (x1, y1, x2, y2) = nets.outputs(ACCURATE, h, w).fine, self.box
+        size, (x1, y1, x2, y2) = overfeat.outputs(ACCURATE, h, w).fine, self.box
         if x[0, 0, 0, 0] < x[0, 0, -1, 0]:
             x1, x2 = 1 - x2, 1 - x1
         t, *_ = localization.targets(ACCURATE, *size, np.array([[x1 * w, y1 * h, x2 * w, y2 * h]]), np.array([1]))
@@ -254,7 +254,7 @@ class Oracle:
 def test_the_box_comes_back_from_all_scales_and_flips_and_confidence_adds_up(mode):
     image = np.full((300, 400, 3), 50, np.uint8)
     image[:, :200] = 200
-    sizes = nets.TEST_SIZES[:3]                                             # 9 + 54 + 135 windows
+    sizes = overfeat.TEST_SIZES[:3]                                             # 9 + 54 + 135 windows
     boxes, labels, scores = localization.localize(Oracle((0.2, 0.3, 0.6, 0.9)), image, sizes, flip=True, mode=mode)
     assert_array_equal(labels, [1, 0, 2])
     assert_allclose(boxes, np.tile([80, 90, 240, 270], (3, 1)), rtol=0, atol=1e-6)
@@ -341,7 +341,7 @@ def square(seed):
     return Example(str(seed), image.clip(0, 255).astype(np.uint8), (48, 48), box, np.array([label]), np.zeros(1, bool))
 
 
-def trained(images=48, epochs=10, regress=200, seed=2):
+def trained(images=48, epochs=16, regress=200, seed=2):
     """The toy net: trunk and classifier on single windows, then the regressor alone, on maps that the frozen trunk makes once.
 
     Returns the net, the regressor's loss of each step, and that of the best answer that knows no image.
@@ -349,19 +349,19 @@ def trained(images=48, epochs=10, regress=200, seed=2):
     spec = Spec(("red", "green", "blue"), "toy", regressor="SCR", dropout=0.0, init=None, mean=110.0, std=60.0,
                 from_window=True)
     rng, squares = np.random.default_rng(seed), [square(i) for i in range(images)]
-    net = OverFeatNet(spec, rng, np.float64)
+    net = OverFeat(spec, rng, np.float64)
     optimizer = SGD(net, momentum=0.6, weight_decay=1e-5)
     for _ in range(epochs):
         for batch in rng.permutation(images).reshape(-1, 16):
-            x = net.normalise(np.stack([nets.training_view(TOY, squares[i].image(), rng, 44) for i in batch]))
+            x = net.normalise(np.stack([overfeat.training_view(TOY, squares[i].image(), rng, 44) for i in batch]))
             scores, _, cache = net.forward(x, True, rng, heads=("classifier",))
             _, dscores = softmax_loss.loss(scores.reshape(16, 3), np.array([squares[i].labels[0] for i in batch]))
             net.backward(dscores.reshape(scores.shape), None, cache)
-            optimizer.step(0.02)
+            optimizer.step(0.05)
     localization.freeze_trunk(net)
     scales, constant = [], 0                                                # per scale: the trunk's maps of all images, and targets
     for views in zip(*(localization.training_scales(TOY, s.image(), s.boxes, TOY_SIZES) for s in squares)):
-        size = nets.outputs(TOY, *views[0][0].shape[:2]).fine
+        size = overfeat.outputs(TOY, *views[0][0].shape[:2]).fine
         targets = [localization.targets(TOY, *size, boxes, s.labels) for (_, boxes), s in zip(views, squares)]
         scales.append((net.parts["trunk"](net.normalise(np.stack([view for view, _ in views]))), targets))
         edges = np.concatenate([t[trains] for t, _, trains in targets])
@@ -370,7 +370,7 @@ def trained(images=48, epochs=10, regress=200, seed=2):
     for _ in range(regress):
         batch = rng.choice(images, 16, replace=False)
         values.append(sum(localization.regress_step(net, maps[batch], [targets[i] for i in batch]) for maps, targets in scales))
-        optimizer.step(0.03)
+        optimizer.step(0.05)
     return net, values, constant
 
 

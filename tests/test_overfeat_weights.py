@@ -6,7 +6,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from conftest import BACKENDS
 from tinydet import to_numpy, use
 from tinydet.models import overfeat_weights
-from tinydet.models.overfeat_nets import TABLES, OverFeatNet, Spec, Table
+from tinydet.models.overfeat import TABLES, OverFeat, Spec, Table
 from tinydet.models.overfeat_weights import layout, load_published, read, recognise
 
 # Shape, offset of the weight, offset of the bias, in floats (notes, 6.1)
@@ -29,7 +29,7 @@ def tiny(monkeypatch):
 
 
 def make(table="tiny", dtype=np.float64, **more):
-    return OverFeatNet(Spec(("a", "b", "c"), table, **more), np.random.default_rng(0), dtype)
+    return OverFeat(Spec(("a", "b", "c"), table, **more), np.random.default_rng(0), dtype)
 
 
 def released(seed=1):

@@ -55,6 +55,20 @@ def scene(name, rng):
                    np.array(kept, np.int64), np.array(difficult, bool))
 
 
+def items(count, seed, split="train", side=40):
+    """`count` grey images (side, side) of one shape each on black, a list of Example with the class as tag: for canvases.canvases.
+
+    Image i depends on (seed, split, i) and side alone. Shapes are slightly turned, as in scenes.
+    """
+    made, none = [], (np.zeros((0, 4)), np.zeros(0, np.int64), np.zeros(0, bool))
+    for i in range(count):
+        rng = np.random.default_rng([seed, *split.encode(), i])
+        label, angle = int(rng.integers(len(CLASSES))), rng.uniform(-TURN, TURN)
+        cover = _cover(shape(CLASSES[label], side / 2, side / 2, side * rng.uniform(0.6, 0.9), angle), side, side)
+        made.append(Example(f"{split}{i:05d}", (255 * cover).astype(np.uint8), (side, side), *none, np.array([label])))
+    return made
+
+
 def shape(name, cx, cy, side, angle):
     """Polygons of a shape of about `side` pixels: a list of (points, filled); a hole is a polygon that is not filled."""
     def circle(radius):

@@ -11,8 +11,7 @@ import numpy as np
 from tinydet import checks
 from tinydet.backend import array_module, put, to_numpy
 from tinydet.layers import named
-from tinydet.models import overfeat_nets as nets
-from tinydet.models.overfeat import decode, encode
+from tinydet.models import overfeat
 from tinydet.ops import box_loss, boxes as box_ops, merge, offset_pool, softmax_loss
 
 RULES = ("inter", "iou")
@@ -22,7 +21,7 @@ MERGINGS = ("merge", "none")
 # Training (sec. 4.2)
 
 def freeze_trunk(net):
-    """Freeze an OverFeatNet but for its regressor, as sec. 4 trains it: make the optimiser after this. Returns the net.
+    """Freeze an OverFeat but for its regressor, as sec. 4 trains it: make the optimiser after this. Returns the net.
 
     net.freeze(False) lets all train again (the paper's future work). Raises ValueError for a net without a regressor.
     """
@@ -36,14 +35,14 @@ def freeze_trunk(net):
 def training_scales(table, image, boxes, sizes=None, keep_aspect=False):
     """One uint8 image (H, W, 3) with its boxes (R, 4) at every scale: a list of views (h, w, 3), each with its boxes, float64.
 
-    sizes: (H, W) of each scale, default table.sizes: the regressor sees the scales of the test. keep_aspect: nets.resize_to.
+    sizes: (H, W) of each scale, default table.sizes: the regressor sees the scales of the test. keep_aspect: overfeat.resize_to.
     """
-    views = [nets.resize_to(table, image, size, keep_aspect) for size in (table.sizes if sizes is None else sizes)]
+    views = [overfeat.resize_to(table, image, size, keep_aspect) for size in (table.sizes if sizes is None else sizes)]
     return [(view, boxes * _factors(view.shape, image)) for view in views]
 
 
 def targets(table, h, w, boxes, labels, rule="inter", least=0.5, offset=None):
-    """What the regressor must answer at each of the h x w windows of nets.windows(table, h, w, offset), in row order (sec. 4.2).
+    """What the regressor must answer at each of the h x w windows of overfeat.windows(table, h, w, offset), in row order (sec. 4.2).
 
     t = (x1 - wx, y1 - wy, x2 - wx, y2 - wy) / side, for the box that a window at (wx, wy) holds most of; dividing by the side is a
     CHOICE. A window trains if it holds `least` of that box: the 50 % rule, of which the paper says only "overlap". CHOICE "inter":
@@ -61,13 +60,13 @@ def targets(table, h, w, boxes, labels, rule="inter", least=0.5, offset=None):
     checks.integers(op, "labels", labels, (len(boxes),))
     if (labels < 0).any():
         raise ValueError(f"{op}: labels must be at least 0, got {labels.min()}")
-    windows, boxes = nets.windows(table, h, w, offset), boxes.astype(np.float64)
+    windows, boxes = overfeat.windows(table, h, w, offset), boxes.astype(np.float64)
     if len(boxes) == 0:
         return np.zeros((len(windows), 4)), np.zeros(len(windows), np.int64), np.zeros(len(windows), bool)
     area, iou = box_ops.area(boxes), box_ops.iou(windows, boxes)
     overlap = iou if rule == "iou" else box_ops.intersection(windows, boxes) / np.where(area > 0, area, 1)
     best = np.where(overlap == overlap.max(1, keepdims=True), iou, -1).argmax(1)
-    return encode(windows, boxes[best]), labels[best].astype(np.int64), overlap.max(1) >= least
+    return overfeat.encode(windows, boxes[best]), labels[best].astype(np.int64), overlap.max(1) >= least
 
 
 def loss(edges, targets):
@@ -140,7 +139,7 @@ def look(net, image, size, mirrored=False, fine=True, centre_only=False, keep_as
     """
     if "regressor" not in net.parts:
         raise ValueError("overfeat_localize.look: the net must have a regressor, got Spec.regressor None")
-    view, side = nets.resize_to(net.table, image, size, keep_aspect), net.table.window
+    view, side = overfeat.resize_to(net.table, image, size, keep_aspect), net.table.window
     height, width = view.shape[:2]
     x, y = ((width - side) // 2, (height - side) // 2) if centre_only else (0, 0)
     if mirrored:
@@ -150,9 +149,9 @@ def look(net, image, size, mirrored=False, fine=True, centre_only=False, keep_as
     pixels = put(net.normalise(view[None]))
     scores, edges = (to_numpy(a)[0].astype(np.float64) for a in (net.dense(pixels) if fine else net.forward(pixels)[:2]))
     h, w, K = scores.shape
-    windows = nets.windows(net.table, h, w, None if fine else (0, 0)) + (x, y, x, y)
+    windows = overfeat.windows(net.table, h, w, None if fine else (0, 0)) + (x, y, x, y)
     edges = edges.reshape(h * w, -1, 4)
-    boxes = decode(windows.repeat(edges.shape[1], 0), edges.reshape(-1, 4))
+    boxes = overfeat.decode(windows.repeat(edges.shape[1], 0), edges.reshape(-1, 4))
     if mirrored:
         boxes = boxes[:, [2, 1, 0, 3]] * (-1, 1, -1, 1) + (width, 0, width, 0)
     return (boxes / _factors((height, width), image)).reshape(edges.shape), softmax_loss.softmax(scores.reshape(h * w, K))

@@ -1,4 +1,4 @@
-"""The released weights of OverFeat's two nets (overfeat_nets.TABLES): raw files without header or names (notes, 6.1).
+"""The released weights of OverFeat's two nets (overfeat.TABLES): raw files without header or names (notes, 6.1).
 
 Little-endian float32, array after array: for each convolution in order its weight (Cout, Cin, kh, kw), then its bias (Cout,). The
 kernels are for cross-correlation, as ours. net_weight_0 is the fast net, 583,683,488 bytes; net_weight_1 the accurate one,
@@ -11,7 +11,7 @@ import numpy as np
 
 from tinydet.backend import array_module
 from tinydet.layers import from_channels_first
-from tinydet.models.overfeat_nets import TABLES, rows
+from tinydet.models.overfeat import TABLES, rows
 
 FLOAT = np.dtype("<f4")
 BLOCK = 1 << 22             # numbers that are looked at at a time
@@ -57,7 +57,7 @@ def read(path, table, classes=1000, width=1.0):
 
 
 def load_published(net, path):
-    """Copy a released file into trunk and classifier of an OverFeatNet; a regressor stays as it is.
+    """Copy a released file into trunk and classifier of an OverFeat; a regressor stays as it is.
 
     net: on any backend, of the file's table, number of classes and width: the released ones have width 1 and 1000 classes, in the
     order of the ILSVRC2012 devkit ("kit fox" first), not of sorted WordNet names. Convolutions become (kh, kw, Cin, Cout), numbers
