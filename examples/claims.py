@@ -7,10 +7,10 @@
 FOLDER holds the data sets by name. An arm is a command line of an example program; claims_<paper>.py beside this file lists them:
 PROGRAM   the example program, such as "ohem.py"
 DATA      {data set: options that all its arms share}
-ARMS      {arm: its options}; they come after those of the data set, and win
+ARMS      {arm: its options}; they come after those of the data set, and win; a first word in ".py" is a program to run for PROGRAM
 ON        {data set: the arms that run on it}
 CLAIMS    a list of dicts, the fields of Claim below
-QUICK     options that --quick appends
+QUICK     options that --quick appends, or {program: such options}
 CURVES    optional {key of a point of "curve": label}, drawn beside AP50's
 BENCH     optional {name: [program, options]}, run alone after all others; QUICK_BENCH: options that --quick appends
 
@@ -18,12 +18,21 @@ The program takes --data, --seed, --name, --out, --resume and --backend, keeps i
 detections.json (all detections on the evaluation set, as examples/detect.py gives them) and, last, results.json: "set", "AP50" by
 class, "mean AP50", "curve" (a list of {"step", "mean AP50", ...}), "seconds". A second evaluation of the same net lies under
 results["also"][variant] and in detections_<variant>.json; claims call it "arm@variant". A program of BENCH takes --json and
---backend. A command that was stopped goes on when it is given again. Everything goes to <out>/<paper> (--quick: <paper>-quick):
-<run>/, <run>.json (its arguments), <run>.log, claims.json, curves_<data set>.png, and <key>_<data set>.png for each of CURVES.
+--backend. A command that was stopped goes on when it is given again.
+
+An option "@DATA/ARM" stands for weights.npz in the folder of that arm's run on that data set with the same seed, shown as
+RUNS/<run>/weights.npz. A run starts when those that it needs are done.
+
+A run without detections has no AP50, but shares of wrong images such as results["top1_error"] and results["also"][variant]["top1_error"];
+their names end in "_error". wrong.json and wrong_<variant>.json may hold what each image adds: {"top1_error": [1, 0, null, ...]}, 1 if
+it is wrong, null if it does not count; the images are the same in all runs on a data set.
+
+Everything goes to <out>/<paper> (--quick: <paper>-quick): <run>/, <run>.json (its arguments), <run>.log, claims.json,
+curves_<data set>.png, and <key>_<data set>.png for each of CURVES.
 """
 import argparse
-import collections
 import dataclasses
+import graphlib
 import importlib
 import json
 import math
@@ -57,8 +66,9 @@ class Claim:
     """better - times * worse > 0 (lower: < 0); with than=(a, b): (better - worse) - (a - b) > 0, better gains more on worse than a on b.
 
     text, paper: what is claimed, and the paper's figures, as the table shows them. better, worse, a, b: "arm" or "arm@variant".
-    metric: "AP50", the mean over the classes, or a path into results.json such as "curve.-1.all_loss". Where data names a
-    benchmark of BENCH in place of a data set, better and worse are paths into its JSON, to a number or to a list, one a turn.
+    metric: "AP50", the mean over the classes, or a path into results.json such as "curve.-1.all_loss" or "top1_error". The interval:
+    bootstrap over images and seeds for AP50 and for what wrong.json of every run in the claim holds, else Student's t. Where data names
+    a benchmark of BENCH in place of a data set, better and worse are paths into its JSON, to a number or to a list, one a turn.
     That something has no effect is claimed against something that has one, with `than`.
     """
 
@@ -79,12 +89,17 @@ class Claim:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One run of a program. shown: its arguments with FOLDER for the place of the data; command: what is started."""
+    """One run of a program.
+
+    shown: its arguments, with FOLDER for the place of the data and RUNS for that of the runs; command: what is started; needs: the
+    jobs whose weights it takes.
+    """
 
     name: str
     shown: list
     command: list
     out: Path
+    needs: tuple = ()
 
     @property
     def folder(self):
@@ -110,7 +125,7 @@ def papers():
 
 
 def read_table(paper):
-    """The module claims_<paper>, its CLAIMS as Claim. Raises ValueError for a name that the table does not explain."""
+    """The module claims_<paper>, its CLAIMS as Claim. Raises ValueError for a name that the table does not explain, and for a circle."""
     table = importlib.import_module(f"claims_{paper}")
     op, bench = f"claims_{paper}", getattr(table, "BENCH", {})
     claims = [Claim(**c) for c in table.CLAIMS]
@@ -118,6 +133,16 @@ def read_table(paper):
         known(op, "ON", name, table.DATA)
         for arm in arms:
             known(op, f"ON[{name!r}]", arm, table.ARMS)
+    needs = {(name, arm): needed(program_of(table, name, arm, quick=True)[1]) for name, arms in table.ON.items() for arm in arms}
+    for (_, arm), words in needs.items():
+        for word, (name, other) in words.items():
+            known(op, f"{arm!r}: the data set in {word!r}", name, table.ON)
+            known(op, f"{arm!r}: the arm in {word!r}", other, table.ON[name])
+    try:
+        graphlib.TopologicalSorter({key: words.values() for key, words in needs.items()}).prepare()
+    except graphlib.CycleError as error:
+        circle = " -> ".join("/".join(key) for key in error.args[1])
+        raise ValueError(f"{op}: arms must not need each other's weights in a circle, got {circle}") from None
     for c in claims:
         known(op, f"{c.text!r}: data", c.data, [*table.ON, *bench])
         if len(c.than) not in (0, 2) or len(c.signs) != 2 + len(c.than):
@@ -140,18 +165,47 @@ def slug(arm):
     return re.sub("[^a-z0-9.]+", "-", arm.lower()).strip("-")
 
 
+def program_of(table, name, arm, quick):
+    """The program of an arm on a data set, and its options."""
+    own, more = table.ARMS[arm], getattr(table, "QUICK", [])
+    program, own = (own[0], own[1:]) if own and own[0].endswith(".py") else (table.PROGRAM, own)
+    if quick and isinstance(more, dict):
+        known(table.__name__, f"QUICK: the program of {arm!r}", program, more)
+        more = more[program]
+    return program, [*table.DATA[name], *own, *(more if quick else [])]
+
+
+def needed(options):
+    """{option: (data set, arm)} of those that stand for the weights of another run."""
+    return {word: tuple(word[1:].partition("/")[::2]) for word in options if word.startswith("@")}
+
+
+def weights_of(run):
+    """The weights of a run, as shown."""
+    return f"RUNS/{run}/weights.npz"
+
+
 def jobs_of(args, table):
-    """Jobs of the arms by (data set, arm, seed), seed by seed, and those of the benchmarks by name."""
+    """Jobs of the arms by (data set, arm, seed), seed by seed, after those that they need, and those of the benchmarks by name."""
     runs, benches, python = {}, {}, sys.executable
     common = ["--backend", args.backend]
+
+    def add(name, arm, seed):
+        if (name, arm, seed) not in runs:
+            program, options = program_of(table, name, arm, args.quick)
+            needs = {word: add(*key, seed) for word, key in needed(options).items()}
+            run, options = f"{name}-{slug(arm)}-{seed}", [*options, *common, "--seed", str(seed)]
+            there = [weights_of(needs[word].name) if word in needs else word for word in options]
+            here = [str(needs[word].folder / "weights.npz") if word in needs else word for word in options]
+            place = ["--data", str(args.data.resolve() / name)]
+            runs[name, arm, seed] = Job(run, [program, "--data", f"FOLDER/{name}", *there], [
+                python, str(HERE / program), *place, *here, "--name", run, "--out", str(args.folder)], args.folder, tuple(needs.values()))
+        return runs[name, arm, seed]
+
     for seed in args.seeds:
         for name, arms in table.ON.items():
             for arm in arms:
-                settings = [*table.DATA[name], *table.ARMS[arm], *getattr(table, "QUICK", []) * args.quick, *common, "--seed", str(seed)]
-                run = f"{name}-{slug(arm)}-{seed}"
-                place = ["--data", str(args.data.resolve() / name)]
-                runs[name, arm, seed] = Job(run, [table.PROGRAM, "--data", f"FOLDER/{name}", *settings], [
-                    python, str(HERE / table.PROGRAM), *place, *settings, "--name", run, "--out", str(args.folder)], args.folder)
+                add(name, arm, seed)
     for name, (program, *settings) in getattr(table, "BENCH", {}).items():
         settings = [*settings, *getattr(table, "QUICK_BENCH", []) * args.quick, *common]
         job = Job(f"bench-{slug(name)}", [program, *settings], [], args.folder)
@@ -192,17 +246,27 @@ def start(job, threads):
 
 
 def run(jobs, at_a_time, bar):
-    """Run jobs, `at_a_time` beside each other, each with its share of the cores.
+    """Run jobs, `at_a_time` beside each other, each with its share of the cores, in order, but none before those that it needs.
 
     After one that fails no other is started; those running end, and RuntimeError names its log. If this is interrupted, they are
-    terminated: they go on from their last checkpoints.
+    terminated: they go on from their last checkpoints. Raises ValueError, before any starts, if one that is needed is neither done
+    nor among the jobs.
     """
-    waiting, running, failed = collections.deque(jobs), {}, []
+    for job in jobs:
+        for need in job.needs:
+            if need not in jobs and not is_done(need):
+                raise ValueError(f"claims: {need.name}, whose weights {job.name} takes, must be done or among the runs to start, "
+                                 "got neither: name its arm in --only, too")
+    waiting, running, failed = list(jobs), {}, []
     threads = max(1, cores() // at_a_time)
+
+    def ready(job):
+        return all(need.result.exists() and need.name not in running for need in job.needs)
+
     try:
         while running or (waiting and not failed):
-            while waiting and not failed and len(running) < at_a_time:
-                job = waiting.popleft()
+            while not failed and len(running) < at_a_time and (job := next(filter(ready, waiting), None)):
+                waiting.remove(job)
                 running[job.name] = job, start(job, threads)
                 bar.set_postfix_str(", ".join(running))
             for job, process in list(running.values()):
@@ -303,11 +367,11 @@ def mean_ap(ranked, weights):
     return float(np.mean(aps)) if aps else float("nan")
 
 
-def results_of(job):
-    """A run's results.json. Raises ValueError naming the file if a key is missing."""
-    found = files.read_json(job.result)
-    if missing := [k for k in ("set", "AP50", "mean AP50") if not isinstance(found, dict) or k not in found]:
-        raise ValueError(f"claims: {job.result} must hold set, AP50 and mean AP50, got no {missing[0]}")
+def results_of(job, detector=False):
+    """A run's results.json. Raises ValueError naming the file if a key is missing, of a detector also one of AP50."""
+    found, keys = files.read_json(job.result), ("set", "AP50", "mean AP50") if detector else ("set",)
+    if missing := [k for k in keys if not isinstance(found, dict) or k not in found]:
+        raise ValueError(f"claims: {job.result} must hold {'set, AP50 and mean AP50' if detector else 'set'}, got no {missing[0]}")
     return found
 
 
@@ -321,10 +385,16 @@ def evaluation_set(folder, job):
     return examples, list(classes)
 
 
+def draws_of(N):
+    """RESAMPLES sets of N of N images, drawn with replacement, the same at each call: how often each image occurs, (N,) int64."""
+    rng = np.random.default_rng(0)
+    return (np.bincount(rng.integers(N, size=N), minlength=N) for _ in range(RESAMPLES))
+
+
 def resampled(args, claims, runs, done):
     """Mean AP50 of every run that a claim on it needs, on RESAMPLES sets of as many images, drawn with replacement.
 
-    The draws are the same for all runs on a data set. Returns {(data set, "arm" or "arm@variant", seed): (RESAMPLES,) float64}.
+    The draws are the same for all runs on a data set. Returns {(data set, metric, "arm" or "arm@variant", seed): (RESAMPLES,) float64}.
     Raises ValueError if detections do not give the AP50 of results.json, or the runs were evaluated on different sets.
     """
     wanted = list(dict.fromkeys((c.data, arm, seed) for c in claims if c.metric == "AP50" for seed in args.seeds for arm in c.signs
@@ -333,13 +403,11 @@ def resampled(args, claims, runs, done):
     for name, arm, seed in train.progress(wanted, desc="bootstrap", unit="run", disable=not wanted):
         arm_, _, variant = arm.partition("@")
         job = runs[name, arm_, seed]
+        results = results_of(job, detector=True)
         if name not in sets:
             examples, classes = evaluation_set(args.data / name, job)
-            rng, N = np.random.default_rng(0), len(examples)
-            draws = [np.bincount(rng.integers(N, size=N), minlength=N) for _ in range(RESAMPLES)]
-            sets[name] = examples, [results_of(job)["set"], classes], draws
+            sets[name] = examples, [results["set"], classes], list(draws_of(len(examples)))
         examples, which, draws = sets[name]
-        results = results_of(job)
         if [results["set"], list(results["AP50"])] != which:
             raise ValueError(f"claims: {job.result} must be an evaluation of {which}, as the other runs on {name}, got "
                              f"{[results['set'], list(results['AP50'])]}")
@@ -349,7 +417,57 @@ def resampled(args, claims, runs, done):
         told, got = number(job, arm, "AP50"), mean_ap(ranked, np.ones(len(examples), np.int64))
         if not abs(told - got) < 1e-9:
             raise ValueError(f"claims: {path} must give the mean AP50 in results.json, {told}, got {got}")
-        found[name, arm, seed] = np.array([mean_ap(ranked, w) for w in draws])
+        found[name, "AP50", arm, seed] = np.array([mean_ap(ranked, w) for w in draws])
+    return found
+
+
+# Errors of an image set in which an image may occur several times
+
+def wrong_of(job, arm, metric):
+    """What each image adds to a metric, (images,) float64: 1, 0, or NaN where it does not count. None if the run does not tell.
+
+    Raises ValueError naming the file if the mean of those that count is not the number in results.json.
+    """
+    variant = arm.partition("@")[2]
+    path = job.folder / (f"wrong_{variant}.json" if variant else "wrong.json")
+    lists = files.read_json(path) if path.exists() else {}
+    if not isinstance(lists, dict) or metric not in lists:
+        return None
+    odd = [v for v in lists[metric] if v not in (0, 1, None)] if isinstance(lists[metric], list) else [lists[metric]]
+    if odd:
+        raise ValueError(f"claims: {path} must hold a list of 0, 1 and null at {metric}, got {odd[0]!r}")
+    wrong = np.array(lists[metric], float)                          # None becomes NaN
+    told, counted = number(job, arm, metric), wrong[~np.isnan(wrong)]
+    got = float(counted.mean()) if len(counted) else float("nan")
+    if not abs(told - got) < 1e-9:
+        raise ValueError(f"claims: {path} must give the {metric} in results.json, {told}, got {got}")
+    return wrong
+
+
+def resampled_wrong(args, claims, runs, done):
+    """As resampled, for the other metrics of claims, of the runs that tell what each image adds: means over the images that count.
+
+    NaN where none of a set counts. Raises ValueError if the runs tell of different numbers of images, or of different sets.
+    """
+    wanted = dict.fromkeys((c.data, c.metric, arm, seed) for c in claims if c.metric != "AP50" for seed in args.seeds
+                           for arm in c.signs if (c.data, arm.partition("@")[0], seed) in done)
+    lists, first, found = {}, {}, {}
+    for name, metric, arm, seed in wanted:
+        job = runs[name, arm.partition("@")[0], seed]
+        wrong = wrong_of(job, arm, metric)
+        if wrong is not None:
+            lists.setdefault(name, {})[metric, arm, seed] = wrong
+            which = f"{len(wrong)} images of {results_of(job)['set']}"
+            if which != first.setdefault(name, which):
+                raise ValueError(f"claims: {metric} of {arm} in {job.folder} must tell of {first[name]}, as the other runs on {name}, "
+                                 f"got {which}")
+    for name, of in lists.items():
+        wrong = np.stack(list(of.values()))
+        counted = ~np.isnan(wrong)
+        both = np.concatenate([np.where(counted, wrong, 0), counted])
+        sums, numbers = np.split(np.array([both @ times for times in draws_of(wrong.shape[1])]).T, 2)
+        means = np.divide(sums, numbers, out=np.full_like(sums, np.nan), where=numbers > 0)
+        found.update({(name, *key): mean for key, mean in zip(of, means)})
     return found
 
 
@@ -431,8 +549,8 @@ def judge(claim, args, runs, done, benches, resamples):
         return found
     differences = sum(sign * values[arm] for arm, sign in claim.signs.items())
     rng, said = np.random.default_rng(1), None
-    if claim.data not in benches and claim.metric == "AP50":
-        drawn = sum(sign * np.stack([resamples[claim.data, arm, s] for s in seeds]) for arm, sign in claim.signs.items())
+    if all((claim.data, claim.metric, arm, s) in resamples for arm in claim.signs for s in seeds):
+        drawn = sum(sign * np.stack([resamples[claim.data, claim.metric, arm, s] for s in seeds]) for arm, sign in claim.signs.items())
         method, between = "images and seeds", interval(drawn, rng)
     elif claim.data not in benches:
         method, between = "t", t_interval(differences)
@@ -447,18 +565,38 @@ def judge(claim, args, runs, done, benches, resamples):
             "verdict": said or verdict(between, len(seeds), claim.lower, args.quick)}
 
 
-def arm_summary(jobs):
-    """The finished runs of one arm: figures by seed, and the mean of their curves at the steps that all have. jobs: {seed: Job}."""
-    results, first = {seed: results_of(job) for seed, job in jobs.items()}, next(iter(jobs.values()))
+def arm_summary(jobs, keys=()):
+    """The finished runs of one arm: figures by seed, and the mean of their curves at the steps that all have. jobs: {seed: Job}.
+
+    Without AP50 it gives "figures", the numbers of results.json, in place of "mean AP50"; "last two" is of the first key in the curve.
+    """
+    first = next(iter(jobs.values()))
+    detector = "mean AP50" in results_of(first)
+    results = {seed: results_of(job, detector) for seed, job in jobs.items()}
     curves = [{record["step"]: record for record in r.get("curve", [])} for r in results.values()]
     steps = sorted(set.intersection(*map(set, curves)))
     names = [k for k in curves[0][steps[0]] if k != "step"] if steps else []
     curve = [{"step": s, **{k: mean([c[s].get(k) for c in curves]) for k in names}} for s in steps]
-    return {"command": " ".join(["python examples/" + first.shown[0], *first.shown[1:-1], "S"]), "seeds": list(results),
-            "mean AP50": [r["mean AP50"] for r in results.values()],
-            "also": {v: [number(job, f"@{v}", "AP50") for job in jobs.values()] for v in results_of(first).get("also", {})},
+    of_any_seed = {weights_of(need.name): weights_of(need.name.rpartition("-")[0] + "-S") for need in first.needs}
+    words = [of_any_seed.get(word, word) for word in first.shown[1:-1]]
+    variants = results_of(first).get("also", {})
+    if detector:
+        key = "mean AP50"
+        told = {key: [r[key] for r in results.values()],
+                "also": {v: [number(job, f"@{v}", "AP50") for job in jobs.values()] for v in variants}}
+    else:
+        key = next((k for k in keys if k in names), None)
+        told = {"figures": figures(list(results.values())), "last two of": key,
+                "also": {v: figures([r.get("also", {}).get(v, {}) for r in results.values()]) for v in variants}}
+    return {"command": " ".join(["python examples/" + first.shown[0], *words, "S"]), "seeds": list(results), **told,
             "seconds": [r.get("seconds") for r in results.values()], "curve": curve,
-            "last two": [record.get("mean AP50") for record in curve[-2:]]}
+            "last two": [record.get(key) for record in curve[-2:]] if key else []}
+
+
+def figures(results):
+    """{key: its numbers in all results} for the numbers in the first, but the time; None where a result has no finite one."""
+    return {k: [r[k] if type(r.get(k)) in (int, float) and math.isfinite(r[k]) else None for r in results]
+            for k, v in results[0].items() if type(v) in (int, float) and k != "seconds"}
 
 
 def mean(values):
@@ -471,12 +609,12 @@ def mean(values):
 def report(args, table, claims, runs, benches):
     """Judge all claims on the runs that are done: a JSON value."""
     done = {key for key, job in runs.items() if is_done(job)}
-    resamples = resampled(args, claims, runs, done)
+    resamples = {**resampled(args, claims, runs, done), **resampled_wrong(args, claims, runs, done)}
     arms = {name: {} for name in table.ON}
     for name, listed in table.ON.items():
         for arm in listed:
             if there := {s: runs[name, arm, s] for s in args.seeds if (name, arm, s) in done}:
-                arms[name][arm] = arm_summary(there)
+                arms[name][arm] = arm_summary(there, getattr(table, "CURVES", {}))
     measured = {name: {"command": " ".join(["python examples/" + job.shown[0], *job.shown[1:]]), "result": files.read_json(job.result)}
                 for name, job in benches.items() if is_done(job)}
     missing = [job.name for key, job in runs.items() if key not in done] + [job.name for name, job in benches.items() if name not in measured]
@@ -488,7 +626,7 @@ def markdown(found):
     """Lines of markdown: the claims, the ends of the curves, the commands."""
     lines = ["| claim | paper | data | ours | against | paired differences | 95 % interval | verdict |", "| --- " * 8 + "|"]
     for c in found["claims"]:
-        scale, form = (100, ".1f") if c["metric"] == "AP50" and c["data"] in found["arms"] else (1, ".4g")
+        scale, form = unit(c["metric"]) if c["data"] in found["arms"] else (1, ".4g")
 
         def told(*arms):
             return " − ".join(f"{arm}: {shown(c['values'].get(arm), scale, form)}" for arm in arms)
@@ -500,16 +638,32 @@ def markdown(found):
         cells = (told(c["better"], c["worse"]), told(*c["than"])) if c["than"] else (told(c["better"]), told(c["worse"]))
         cells = (cells[0], f"{c['times']:g} times {cells[1]}") if c["times"] != 1 else cells
         lines.append(f"| {c['text']} | {c['paper']} | {c['data']} | {cells[0]} | {cells[1]} | {each or '-'} | {between} | {c['verdict']} |")
-    lines += ["", "AP50 in points. Intervals: bootstrap over images and seeds, or over the turns of a benchmark; (t): Student's, of the seeds alone.",
-              "", "Mean AP50 at the last two points of the curve on the evaluation set, mean of the seeds:", "",
-              "| data | arm | seeds | steps | last but one | last |", "| --- " * 6 + "|"]
+    keys = {a.get("last two of") for arms in found["arms"].values() for a in arms.values()} - {None}
+    errors = any(is_error(key) for key in [*keys, *(c["metric"] for c in found["claims"])])
+    lines += ["", f"AP50{' and errors' * errors} in points. Intervals: bootstrap over images and seeds, or over the turns of a "
+              "benchmark; (t): Student's, of the seeds alone.",
+              "", f"Mean AP50{', or the figure beside the arm,' * bool(keys)} at the last two points of the curve on the evaluation set, "
+              "mean of the seeds:", "", "| data | arm | seeds | steps | last but one | last |", "| --- " * 6 + "|"]
     for name, arms in found["arms"].items():
         for arm, a in arms.items():
-            last = ["-" if v is None else f"{100 * v:.1f}" for v in [None, None, *a["last two"]][-2:]]
-            lines.append(f"| {name} | {arm} | {len(a['seeds'])} | {a['curve'][-1]['step'] if a['curve'] else '-'} | {' | '.join(last)} |")
+            key = a.get("last two of")
+            scale, form = unit(key or "AP50")
+            last = ["-" if v is None else format(scale * v, form) for v in [None, None, *a["last two"]][-2:]]
+            arm, steps = f"{arm} ({key})" if key else arm, a["curve"][-1]["step"] if a["curve"] else "-"
+            lines.append(f"| {name} | {arm} | {len(a['seeds'])} | {steps} | {' | '.join(last)} |")
     commands = [each["command"] for group in (*found["arms"].values(), found["benchmarks"]) for each in group.values()]
-    lines += ["", f"Commands, S in {' '.join(map(str, found['seeds']))}:", "", *("    " + c for c in commands)] if commands else []
+    runs = "; RUNS holds the runs, <data set>-<arm>-S" * any("RUNS/" in c for c in commands)
+    lines += ["", f"Commands, S in {' '.join(map(str, found['seeds']))}{runs}:", "", *("    " + c for c in commands)] if commands else []
     return lines
+
+
+def is_error(metric):
+    return metric.endswith("_error")
+
+
+def unit(metric):
+    """Factor and format in which a metric is shown: AP50 and errors in points."""
+    return (100, ".1f") if metric == "AP50" or is_error(metric) else (1, ".4g")
 
 
 def shown(value, scale, form):

@@ -1,7 +1,9 @@
 """The runner of the papers' claims, on a stand-in program: what runs, goes on, is refused; the statistics by hand."""
+import contextlib
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -71,6 +73,56 @@ CLAIMS = [dict(text="good is better", paper="2 against 1", data="discs", better=
           dict(text="costs less", paper="-", data="cost", better="rows.0.ms", worse="rows.1.ms", lower=True)]
 '''
 
+# No detector: tells of each image whether it is wrong. It may take the weights of another run, and repeats what they say
+ERRORS = '''
+import json, os, sys
+args = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+seed, every, run = int(args["--seed"]), int(args["--every"]), args["--out"] + "/" + args["--name"]
+before = None
+if "--weights" in args:
+    with open(args["--weights"]) as f:
+        before = f.read()
+os.makedirs(run, exist_ok=True)
+
+def write(file, value):
+    with open(run + "/" + file, "w") as f:
+        f.write(value if isinstance(value, str) else json.dumps(value))
+
+def wrong(every):
+    return [int((7 * i + seed) % 12 % every == 0) for i in range(12)]
+
+def share(values):
+    values = [v for v in values if v is not None]
+    return sum(values) / len(values)
+
+write("config.json", {})
+write("weights.npz", f"{every} {seed}")
+top1, top1_all = wrong(every), wrong(every + 1)
+place = [None if i % (every + 2) else v for i, v in enumerate(top1)]
+write("wrong.json", {"top1_error": top1, "place_error": place})
+write("wrong_all.json", {"top1_error": top1_all})
+curve = [{"step": s, "loss": 1 / s, "top1_error": share(top1) / s} for s in (4, 2, 1)]
+write("results.json", {"set": "val", "top1_error": share(top1), "place_error": share(place), "weights of": before, "parameters": 7, "seconds": 1,
+                       "curve": curve, "also": {"all": {"top1_error": share(top1_all)}}})
+'''
+
+# Beside the detector of TABLE: errors, and weights of one run for another, which is listed first
+ERRORS_TABLE = '''
+PROGRAM = "toy.py"
+DATA = {"discs": []}
+ARMS = {"after": ["errors.py", "--every", "2", "--weights", "@discs/few"], "few": ["errors.py", "--every", "3"],
+        "boxes": ["--steps", "8", "--gain", "0.9"]}
+ON = {"discs": list(ARMS)}
+CURVES = {"place_error": "not in the curve", "top1_error": "top-1 error"}
+QUICK = {"toy.py": ["--steps", "4"], "errors.py": ["--every", "5"]}
+FEWER = dict(paper="-", data="discs", better="few", worse="after", lower=True)
+CLAIMS = [dict(text="fewer errors", metric="top1_error", **FEWER), dict(text="nearer", metric="place_error", **FEWER),
+          dict(text="all help", metric="top1_error", **{**FEWER, "better": "few@all", "worse": "few"}),
+          dict(text="lower loss", metric="curve.-1.loss", **FEWER)]
+'''
+
+PROGRAMS = {"toy.py": PROGRAM, "errors.py": ERRORS}
+
 BENCH = '''
 import json, sys
 json.dump({"rows": [{"ms": [1, 2, 3]}, {"ms": [3, 4, 5]}]}, open(sys.argv[sys.argv.index("--json") + 1], "w"))
@@ -104,7 +156,7 @@ def place(tmp_path, monkeypatch):
             found = [(np.array([boxes[i] for i in at]), np.zeros(len(at), int), np.array([0.9 - 0.01 * rank[i] for i in at])) for at in mine]
             aps[f"{gain:g} {seed}"] = evaluate.voc(found, examples, ["disc"])["disc"].ap
     (folder / "truth.json").write_text(json.dumps([truth, aps]))
-    for name, text in (("toy.py", PROGRAM), ("bench.py", BENCH), ("claims_toy.py", TABLE)):
+    for name, text in (*PROGRAMS.items(), ("bench.py", BENCH), ("claims_toy.py", TABLE)):
         (tmp_path / name).write_text(text)
     monkeypatch.setattr(claims, "HERE", tmp_path)
     monkeypatch.setattr(claims, "RESAMPLES", 200)
@@ -124,7 +176,7 @@ def place(tmp_path, monkeypatch):
         for job in claims.jobs_of(args, claims.read_table("toy")[0])[0].values():
             job.record.write_text(json.dumps({"arguments": job.shown}))
             monkeypatch.setattr(sys, "argv", job.command[1:])
-            exec(PROGRAM, {})
+            exec(PROGRAMS[job.shown[0]], {})
     call.arguments = lambda *options: claims.arguments(["toy", "--data", str(tmp_path / "sets"), "--out", str(tmp_path / "out"), *options])
     call.folder, call.aps, call.prepare, call.pictures = tmp_path / "out" / "toy", aps, prepare, pictures
     return call
@@ -336,6 +388,263 @@ def test_wrong_options(place, capsys, tmp_path):
         claims.main(claims.arguments(["toy", "--data", str(tmp_path), "--full"]))
 
 
+OLD_TABLE = """\
+| claim | paper | data | ours | against | paired differences | 95 % interval | verdict |
+| --- | --- | --- | --- | --- | --- | --- | --- |
+| good is better | 2 against 1 | discs | good: 91.7 ± 0.0 | Bad, N=1: 30.6 ± 2.4 | +58.3 +62.5 +62.5 | +52.5 .. +71.5 | holds |
+| bad is better | - | discs | Bad, N=1: 30.6 ± 2.4 | good: 91.7 ± 0.0 | -58.3 -62.5 -62.5 | -71.5 .. -52.5 | does not hold |
+| they differ | - | discs | good: 91.7 ± 0.0 | same: 91.7 ± 0.0 | +0.0 +0.0 +0.0 | +0.0 .. +0.0 | not resolved |
+| good gains more | - | discs | good: 91.7 ± 0.0 − Bad, N=1: 30.6 ± 2.4 | good@voting: 100.0 ± 0.0 − same: 91.7 ± 0.0 | +50.0 +54.2 +54.2 | +35.1 .. +68.4 | holds |
+| lower loss | - | discs | good: -0.775 ± 0 | Bad, N=1: -0.175 ± 0 | -0.6 -0.6 -0.6 | -0.6 .. -0.6 (t) | holds |
+| costs less | - | cost | rows.0.ms: - | rows.1.ms: - | - | - | not measured |
+
+AP50 in points. Intervals: bootstrap over images and seeds, or over the turns of a benchmark; (t): Student's, of the seeds alone.
+
+Mean AP50 at the last two points of the curve on the evaluation set, mean of the seeds:
+
+| data | arm | seeds | steps | last but one | last |
+| --- | --- | --- | --- | --- | --- |
+| discs | good | 3 | 8 | 45.8 | 91.7 |
+| discs | Bad, N=1 | 3 | 8 | 15.3 | 30.6 |
+| discs | same | 3 | 8 | 45.8 | 91.7 |
+
+Commands, S in 0 1 2:
+
+    python examples/toy.py --data FOLDER/discs --steps 8 --gain 0.9 --backend numba --seed S
+    python examples/toy.py --data FOLDER/discs --steps 8 --gain 0.3 --backend numba --seed S
+    python examples/toy.py --data FOLDER/discs --steps 8 --gain 0.9 --backend numba --seed S
+"""
+
+
+def test_the_table_of_detectors_to_the_letter(place, capsys):
+    """What it was before arms had programs of their own and metrics of images: tables in README are compared with new ones."""
+    place.prepare("--full")
+    capsys.readouterr()
+    place("--full", "--report")
+    told = capsys.readouterr().out.partition("\nruns missing")[0]
+    assert re.sub(r"± [\d.]+e-17", "± 0", told) == OLD_TABLE           # a spread of roundings
+
+
+# Arms with programs of their own, weights of other runs, errors of images
+
+@pytest.fixture
+def errors(place, tmp_path):
+    (tmp_path / "claims_toy.py").write_text(ERRORS_TABLE)
+    return place
+
+
+def test_programs_and_weights_of_other_runs(errors):
+    """The run that is needed comes first, of the same seed; what is shown names no folder of this machine, what is started does."""
+    def jobs(*options):
+        args = errors.arguments(*options)
+        return claims.jobs_of(args, claims.read_table("toy")[0])[0], args.folder
+
+    runs, folder = jobs("--full", "--seeds", "3", "4")
+    assert [(arm, seed) for _, arm, seed in runs] == [(arm, seed) for seed in (3, 4) for arm in ("few", "after", "boxes")]
+    job = runs["discs", "after", 4]
+    assert " ".join(job.shown) == "errors.py --data FOLDER/discs --every 2 --weights RUNS/discs-few-4/weights.npz --backend numba --seed 4"
+    assert job.command[1] == str(claims.HERE / "errors.py")
+    assert job.command[job.command.index("--weights") + 1] == str(folder / "discs-few-4" / "weights.npz")
+    assert job.needs == (runs["discs", "few", 4],) and runs["discs", "few", 4].needs == ()
+    assert runs["discs", "boxes", 4].shown[0] == "toy.py" and runs["discs", "boxes", 4].command[1] == str(claims.HERE / "toy.py")
+    runs, _ = jobs("--quick")
+    assert "--every 2 --weights RUNS/discs-few-0/weights.npz --every 5 --backend" in " ".join(runs["discs", "after", 0].shown)
+    assert runs["discs", "boxes", 0].shown[-6:-4] == ["--steps", "4"] and "--every" not in runs["discs", "boxes", 0].shown
+
+
+def test_a_list_of_quick_options_is_for_all_programs(errors, tmp_path):
+    by_program = '{"toy.py": ["--steps", "4"], "errors.py": ["--every", "5"]}'
+    assert by_program in ERRORS_TABLE
+    (tmp_path / "claims_toy.py").write_text(ERRORS_TABLE.replace(by_program, '["--steps", "1"]'))
+    runs, _ = claims.jobs_of(errors.arguments("--quick"), claims.read_table("toy")[0])
+    assert all(job.shown[-6:-4] == ["--steps", "1"] for job in runs.values())
+
+
+class Program:
+    """Stands in for claims.start: a program that ends after `turns` looks, with its results and then `status`."""
+
+    def __init__(self, job, turns, events, status=0):
+        self.job, self.turns, self.events, self.returncode, self.status = job, turns, events, None, status
+        events.append(f"+{job.name}")
+        job.folder.mkdir()
+        job.log.touch()
+
+    def poll(self):
+        self.turns -= 1
+        if self.turns == 1:                                         # the results are there, the program still runs
+            self.job.result.write_text("{}")
+        if self.turns <= 0:
+            self.returncode = self.status
+            self.events.append(f"-{self.job.name}")
+        return self.returncode
+
+    def wait(self, _=None):
+        pass
+    terminate = wait
+
+
+@pytest.mark.parametrize("jobs, status, expected", [
+    (2, 0, "+first +other -other +last -first +second -last -second +third -third"),    # what is not held up goes ahead
+    (1, 0, "+first -first +second -second +third -third +other -other +last -last"),    # the order of the list, where nothing holds up
+    (3, 0, "+first +other +last -other -last -first +second -second +third -third"),
+    (2, 1, "+first +other -other +last -first -last")])             # its results are there, but it failed: no second
+def test_a_run_waits_for_the_weights_it_needs(tmp_path, monkeypatch, jobs, status, expected):
+    def job(name, *needs):
+        return claims.Job(name, [], [], tmp_path, needs)
+
+    class Bar:
+        set_postfix_str = update = staticmethod(lambda *_: None)
+
+    first, other, last = map(job, ("first", "other", "last"))
+    second = job("second", first)
+    third = job("third", second, first)
+    events, turns = [], {"first": 6, "other": 3, "last": 4, "second": 2, "third": 2}
+    monkeypatch.setattr(claims, "start", lambda job, _: Program(job, turns[job.name], events, status * (job is first)))
+    monkeypatch.setattr(claims.time, "sleep", lambda _: None)
+    with pytest.raises(RuntimeError, match="first.log") if status else contextlib.nullcontext():
+        claims.run([first, second, third, other, last] if jobs == 1 else [third, second, first, other, last], jobs, Bar)
+    assert " ".join(events) == expected
+
+
+def test_only_what_can_run_is_started(errors, monkeypatch):
+    """Weights of a run that is neither done nor to be run, or of other arguments; then for real, with two programs at a time."""
+    started = claims.start
+    monkeypatch.setattr(claims, "start", None)
+    message = "discs-few-0, whose weights discs-after-0 takes, must be done or among the runs to start, got neither: name its arm in --only, too"
+    with pytest.raises(ValueError, match=message):
+        errors("--full", "--seeds", "0", "--only", "boxes", "after")
+    monkeypatch.setattr(claims, "start", started)
+    found = errors("--full", "--seeds", "0", "--only", "after", "few")
+    assert found["missing"] == ["discs-boxes-0"]
+    assert json.loads((errors.folder / "discs-after-0" / "results.json").read_text())["weights of"] == "3 0"
+    monkeypatch.setattr(claims, "start", None)
+    shutil.rmtree(errors.folder / "discs-after-0")
+    (errors.folder / "discs-after-0.json").unlink()
+    with pytest.raises(TypeError, match="NoneType"):                # few is done: after would start
+        errors("--full", "--seeds", "0", "--only", "after")
+    (errors.folder / "discs-few-0.json").write_text('{"arguments": ["errors.py", "--every", "4"]}')
+    with pytest.raises(ValueError, match="discs-few-0 must hold a run of the arguments .* got one of `errors.py --every 4`"):
+        errors("--full", "--seeds", "0", "--only", "after")
+
+
+@pytest.mark.parametrize("change, message", [
+    (("@discs/few", "@discs/fewer"), "claims_toy: 'after': the arm in '@discs/fewer' must be one of after, few, boxes, got 'fewer'"),
+    (("@discs/few", "@few"), "claims_toy: 'after': the data set in '@few' must be one of discs, got 'few'"),
+    (("@discs/few", "@discs/after"), "must not need each other's weights in a circle, got discs/after -> discs/after"),
+    (('"--every", "3"]', '"--every", "3", "--weights", "@discs/after"]'), "circle, got discs/(after -> discs/few -> discs/after"
+                                                                          "|few -> discs/after -> discs/few)$"),
+    (('"errors.py": ["--every", "5"]', ''), "claims_toy: QUICK: the program of 'after' must be one of toy.py, got 'errors.py'")])
+def test_a_wrong_need_is_told_before_anything_runs(errors, tmp_path, change, message):
+    assert change[0] in ERRORS_TABLE
+    (tmp_path / "claims_toy.py").write_text(ERRORS_TABLE.replace(*change))
+    with pytest.raises(ValueError, match=message):
+        errors("--full")
+    assert not errors.folder.exists()
+
+
+def wrong(every, seed):
+    """What the program ERRORS says of twelve images."""
+    return np.array([(7 * i + seed) % 12 % every == 0 for i in range(12)], float)
+
+
+def place_wrong(every, seed):
+    return np.where(np.arange(12) % (every + 2), np.nan, wrong(every, seed))
+
+
+def share(w):
+    counts = ~np.isnan(w)
+    return w[counts].sum() / counts.sum() if counts.any() else np.nan
+
+
+def test_errors_of_images_are_bootstrapped(errors, capsys):
+    errors.prepare("--full")
+    found = errors("--full", "--report")
+    few, after, all_ = ([wrong(every, s) for s in range(3)] for every in (3, 2, 4))
+    places = [[place_wrong(every, s) for s in range(3)] for every in (3, 2)]
+    rng = np.random.default_rng(0)
+    draws = [rng.integers(12, size=12) for _ in range(claims.RESAMPLES)]            # the same images for all runs
+    empty = 0
+    for c, (ours, theirs) in zip(found["claims"], ((few, after), places, (all_, few))):
+        assert_allclose(c["differences"], [share(a) - share(b) for a, b in zip(ours, theirs)])
+        columns = np.array([[share(a[d]) - share(b[d]) for d in draws] for a, b in zip(ours, theirs)])
+        empty += np.isnan(columns).sum()
+        assert_allclose(c["interval"], claims.interval(columns, np.random.default_rng(1)), err_msg=c["text"])
+        assert c["method"] == "images and seeds"
+    assert empty, "no set of images without one that counts was drawn"
+    assert found["claims"][3]["method"] == "t"
+
+    arms = found["arms"]["discs"]
+    assert arms["few"]["figures"] == {"top1_error": [share(w) for w in few], "place_error": [share(w) for w in places[0]], "parameters": [7] * 3}
+    assert arms["few"]["also"] == {"all": {"top1_error": [share(w) for w in all_]}} and "mean AP50" not in arms["few"]
+    assert arms["few"]["last two of"] == "top1_error"                               # CURVES has another before it
+    assert_allclose(arms["few"]["last two"], [1 / 6, 1 / 12])
+    assert arms["boxes"].keys() == {"command", "seeds", "mean AP50", "also", "seconds", "curve", "last two"}
+
+    out = capsys.readouterr().out.splitlines()
+    row = next(line for line in out if line.startswith("| fewer errors"))
+    assert "| few: 33.3 ± 0.0 | after: 50.0 ± 0.0 | -16.7 -16.7 -16.7 |" in row and "(" not in row
+    assert any(line.startswith("AP50 and errors in points. ") for line in out)
+    assert "Mean AP50, or the figure beside the arm, at the last two points of the curve on the evaluation set, mean of the seeds:" in out
+    assert "| discs | few (top1_error) | 3 | 4 | 16.7 | 8.3 |" in out
+    ap = np.mean([errors.aps[f"0.9 {s}"] for s in range(3)])
+    assert f"| discs | boxes | 3 | 8 | {50 * ap:.1f} | {100 * ap:.1f} |" in out
+    assert "Commands, S in 0 1 2; RUNS holds the runs, <data set>-<arm>-S:" in out
+    assert "    python examples/errors.py --data FOLDER/discs --every 2 --weights RUNS/discs-few-S/weights.npz --backend numba --seed S" in out
+
+
+def test_errors_without_lists_and_without_curves(errors, capsys):
+    """Where one run has no list the interval is of the seeds; errors are points all the same."""
+    errors.prepare("--full")
+    (errors.folder / "discs-few-1" / "wrong.json").write_text('{"place_error": [1, 0, 0]}')
+    for seed in range(3):
+        path = errors.folder / f"discs-few-{seed}" / "results.json"
+        path.write_text(json.dumps({"set": "val", "top1_error": [0.25, 0.5, 0.25][seed], "place_error": 1 / 3, "also": {"all": {"top1_error": 0.1}},
+                                    "curve": [{"step": 4, "loss": 1}]}))
+        for name in ("wrong.json", "wrong_all.json")[seed == 1:]:
+            (path.parent / name).unlink()
+    for seed in range(3):                                           # lists that differ in length have no claim together, but a data set
+        (errors.folder / f"discs-after-{seed}" / "wrong.json").unlink()
+    found = errors("--full", "--report")
+    assert [c["method"] for c in found["claims"]] == ["t"] * 4
+    assert_allclose(found["claims"][0]["interval"], claims.t_interval(np.array([-0.25, 0, -0.25])))
+    assert found["arms"]["discs"]["few"]["last two of"] is None
+    out = capsys.readouterr().out
+    assert "| few: 33.3 ± 14.4 | after: 50.0 ± 0.0 | -25.0 +0.0 -25.0 |" in out and "| discs | few | 3 | 4 | - | - |" in out
+
+
+def test_errors_that_do_not_fit_are_refused(errors):
+    errors.prepare("--full", "--seeds", "0", "1")
+    folder = errors.folder / "discs-after-1"
+    right = {name: json.loads((folder / name).read_text()) for name in ("wrong.json", "results.json")}
+    half = right["wrong.json"]["top1_error"]
+    for name, change, message in (
+            ("wrong.json", {"top1_error": [1] + [0] * 11}, r"discs-after-1.wrong.json must give the top1_error in results.json, 0.5, got 0.083"),
+            ("wrong.json", {"top1_error": [None] * 12}, r"discs-after-1.wrong.json must give the top1_error in results.json, 0.5, got nan"),
+            ("wrong.json", {"top1_error": half * 2}, "top1_error of after in .*discs-after-1 must tell of 12 images of val, as the other runs on "
+                                                     "discs, got 24 images of val"),
+            ("wrong.json", {"top1_error": [*half[:11], 0.5]}, "discs-after-1.wrong.json must hold a list of 0, 1 and null at top1_error, got 0.5"),
+            ("wrong.json", {"top1_error": 0.5}, "must hold a list of 0, 1 and null at top1_error, got 0.5"),
+            ("results.json", {"set": "test"}, "must tell of 12 images of val, as the other runs on discs, got 12 images of test"),
+            ("results.json", {"top1_error": None}, "discs-after-1.results.json must hold a number at top1_error, got None")):
+        (folder / name).write_text(json.dumps({**right[name], **change}))
+        with pytest.raises(ValueError, match=message):
+            errors("--full", "--report", "--seeds", "0", "1")
+        (folder / name).write_text(json.dumps(right[name]))
+    (folder / "results.json").write_text("{}")
+    (folder / "wrong.json").unlink()
+    with pytest.raises(ValueError, match="discs-after-1.results.json must hold a value at top1_error|must hold set, got no set"):
+        errors("--full", "--report", "--seeds", "0", "1")
+
+
+def test_a_claim_on_ap_needs_a_detector(errors, tmp_path):
+    errors.prepare("--full", "--seeds", "0")
+    (tmp_path / "claims_toy.py").write_text(ERRORS_TABLE.replace('metric="top1_error", **FEWER)', "**FEWER)", 1))
+    sys.modules.pop("claims_toy")
+    os.utime(tmp_path / "claims_toy.py", (1, 1))
+    with pytest.raises(ValueError, match="discs-few-0.results.json must hold set, AP50 and mean AP50, got no AP50"):
+        errors("--full", "--report", "--seeds", "0")
+
+
 @pytest.mark.parametrize("paper", [p.stem.removeprefix("claims_") for p in EXAMPLES.glob("claims_*.py")])
 def test_the_tables_of_the_papers(paper):
     table, listed = claims.read_table(paper)
@@ -345,7 +654,8 @@ def test_the_tables_of_the_papers(paper):
     assert [job.name[-1] for job in runs.values()] == sorted(job.name[-1] for job in runs.values())         # seed by seed
     assert len({c.text + c.data for c in listed}) == len(listed) and all("|" not in c.text + c.paper for c in listed)
     for arm in table.ARMS:
-        assert any(arm in [a.partition("@")[0] for a in c.signs] for c in listed), f"no claim needs {arm}"
+        weights = any(need.name.startswith(f"{name}-{claims.slug(arm)}-") for job in runs.values() for need in job.needs for name in table.ON)
+        assert weights or any(arm in [a.partition("@")[0] for a in c.signs] for c in listed), f"no claim needs {arm}"
 
 
 # Statistics
