@@ -62,14 +62,14 @@ def read(args):
     return examples, data.read(args.data, args.eval_set, classes)[0], classes
 
 
-CANVAS, SIDES = (116, 96), (28, 80)         # width and height of a canvas, least and largest side of an item on it
+CANVAS = {"size": (116, 96), "sides": (40, 80), "fragments": (1, 4)}          # pixels; options of canvases.canvases
 
 
 def add_canvas_arguments(parser):
     """--canvases and --eval-canvases, for read_labelled; --scenes of add_arguments has no use beside them."""
     a = parser.add_argument
-    a("--canvases", type=count, default=6000, help="cluttered canvases to train on, with one item each (%(default)s)")
-    a("--eval-canvases", type=count, default=1000, help="cluttered canvases to evaluate on (%(default)s)")
+    a("--canvases", type=count, default=8000, help="cluttered canvases to train on, with one item each (%(default)s)")
+    a("--eval-canvases", type=count, default=500, help="cluttered canvases to evaluate on (%(default)s)")
 
 
 def read_labelled(args):
@@ -97,9 +97,8 @@ def read_labelled(args):
             items, held_out = ([items[i] for i in some] for some in (order[len(items) // 6:], order[:len(items) // 6]))
         else:
             held_out = data.read(args.data, args.eval_set, classes)[0]
-    how = {"seed": 0, "size": CANVAS, "sides": SIDES}
-    return (canvases.canvases(items, args.canvases, split="train", **how),
-            canvases.canvases(held_out, args.eval_canvases, split=args.eval_set, **how), classes)
+    return (canvases.canvases(items, args.canvases, 0, "train", **CANVAS),
+            canvases.canvases(held_out, args.eval_canvases, 0, args.eval_set, **CANVAS), classes)
 
 
 def records(detections, examples, classes):

@@ -31,6 +31,7 @@ def arguments(argv=None):
     a("--crop", type=common.count, metavar="PIXELS", help="side of a crop (default: three windows)")
     a("--window", type=common.count, metavar="PIXELS", help="side of the window, a multiple of 8 (default: from the training boxes)")
     a("--near-object", type=float, default=0.8, help="share of the crops that hold a fitting object (%(default)s)")
+    a("--no-mirror", action="store_true", help="mirror no crops: for objects that mirrored are others, such as letters")
     a("--lr", type=float, default=0.07, help="largest learning rate (%(default)s)")
     a("--weights", metavar="FILE", help="start from this net, such as examples/overfeat_classify.py makes (default: from scratch)")
     a("--context", action="store_true", help="the classifier sees the next coarser scale, too")
@@ -73,6 +74,7 @@ def main(args, put):
     print(f"{len(examples)} training and {len(held_out)} evaluation images, {len(classes)} classes, window {spec.layers.window}, scales "
           + " ".join(f"{s:.2f}" for s in spec.scales))
     print(summary(net, (1, side, side, 3)), flush=True)             # a training crop
+    mirrored = 0.0 if args.no_mirror else 0.5
     drawing = {"ratio": args.negatives, "offending": args.offending}
     combining = {"merging": args.merging, "threshold": args.threshold}
     below = tuple((side - spec.layers.window - spec.layers.jump * o) // spec.layers.step + 1 for o in range(spec.layers.pool))
@@ -80,7 +82,7 @@ def main(args, put):
     def prepare(i):
         rng = np.random.default_rng([args.seed, i])
         batch = rng.choice(len(examples), args.batch, replace=len(examples) < args.batch)
-        images, targets, *pairs = zip(*(overfeat_detect.training_view(spec, examples[j], rng, side, args.near_object) for j in batch))
+        images, targets, *pairs = zip(*(overfeat_detect.training_view(spec, examples[j], rng, side, args.near_object, mirrored) for j in batch))
         offset = tuple(rng.integers(spec.layers.pool, size=2))      # one offset of the last pooling a step: coarse stride
         coarser = overfeat_detect.coarser(spec, pairs[0], *(below[o] for o in offset), offset) if args.context else None
         return net.normalise(np.stack(images)), coarser and (net.normalise(coarser[0]), *coarser[1:]), targets, offset, rng

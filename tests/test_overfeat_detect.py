@@ -405,6 +405,16 @@ def test_overfits_four_images():
     assert evaluate.mean_ap(evaluate.voc(found, examples, scenes.CLASSES)) > 0.9
 
 
+def test_negatives_found_on_the_fly_detect_better_than_no_background_class():
+    """Notes, 8, 12."""
+    examples, found = scenes.scenes(3, seed=5), {}
+    for background in (True, False):
+        net = overfeat.OverFeat(overfeat_detect.spec_for(examples, scenes.CLASSES, width=0.4, background=background), np.random.default_rng(0))
+        steps_on(net, examples, 80, 0.05, size=96, crops=6)
+        found[background] = evaluate.mean_ap(evaluate.voc([overfeat_detect.detect(net, e.image()) for e in examples], examples, scenes.CLASSES))
+    assert found[True] > 2 * found[False] and found[True] > 0.5
+
+
 def test_first_ten_losses_stay_what_they_were():
     """A change of any op, layer, target or draw shows here. Stored from this test; float64, so equal to 1e-6 on any BLAS."""
     examples = scenes.scenes(4, seed=5)
@@ -435,6 +445,16 @@ def test_boxes_of_training_views_lie_on_what_they_enclose():
         assert_allclose((xs.min(), ys.min(), xs.max() + 1, ys.max() + 1), boxes[0], atol=1.6)
         assert_allclose((boxes[0, 2] - boxes[0, 0]) / 60, (inside[2] - inside[0]) / 200)
     assert seen > 50
+
+
+@pytest.mark.parametrize("mirrored", [0.0, 0.5, 1.0])
+def test_the_share_of_views_that_are_mirrored(mirrored):
+    spec = overfeat.Spec(("a",), scales=(1.0,), k=4, **DETECTOR)
+    image = np.repeat(np.arange(200, dtype=np.uint8)[None, :, None], 200, 0).repeat(3, 2)        # brightens to the right
+    example = data.Example("x", image, (200, 200), np.array([[90., 90, 120, 120]]), np.array([0]), np.array([False]))
+    rng = np.random.default_rng(0)
+    views = [overfeat_detect.training_view(spec, example, rng, 64, 1.0, mirrored)[0] for _ in range(60)]
+    assert abs(np.mean([int(v[32, 40, 0]) < int(v[32, 20, 0]) for v in views]) - mirrored) < 0.25 * (0 < mirrored < 1) + 1e-9
 
 
 def test_views_near_an_object_hold_it():
@@ -532,6 +552,18 @@ def test_windows_surest_of_the_background_may_be_dropped():
     assert 0 < kept.sum() < len(p)
     for a, b in zip(overfeat_detect.combine(boxes, p, 2, argmax=True, min_score=0.1), overfeat_detect.combine(boxes[kept], p[kept], 2, min_score=0.1)):
         assert_array_equal(a, b)
+
+
+def test_a_class_takes_the_boxes_of_its_surest_windows():
+    boxes, p = windows_of()
+    both, labels, scores = overfeat_detect.combine(boxes, p, 2, most=7)
+    for k in (0, 1):
+        surest = np.sort(np.argsort(-p[:, k])[:7])
+        only = p[surest] * (np.arange(3) == k)
+        b, _, s = overfeat_detect.combine(boxes[surest], only, 2)
+        assert_array_equal(both[labels == k], b)
+        assert_array_equal(scores[labels == k], s)
+        assert len(overfeat_detect.combine(boxes, p * (np.arange(3) == k), 2)[0]) > len(b)
 
 
 def test_scores_may_be_divided_by_the_number_of_scales():

@@ -139,11 +139,12 @@ def spec_for(examples, classes, window=None, most=64, least=24, ratio=1.4, most_
     return overfeat.Spec(tuple(classes), table, k=k, pool=pool, scales=tuple(float(cell * k / side) for side in covered), **fields)
 
 
-def training_view(spec, example, rng, size, near_object=0.8):
+def training_view(spec, example, rng, size, near_object=0.8, mirrored=0.5):
     """One square crop of a training image at one of the scales: image uint8 (size, size, 3) and its target for loss().
 
     The scale is drawn uniformly, times a factor within half a step to the next scale; the crop's place uniformly, or, with
-    probability near_object, such that an object of about the window's size lies in it whole. Half of the crops are mirrored.
+    probability near_object, such that an object of about the window's size lies in it whole. mirrored: share of the crops that are
+    mirrored; 0 where a mirrored object is another one, such as a letter.
     size: pixels, at least window + step. Target: all boxes in pixels of the crop, also those that reach
     out of it, label -1 for difficult ones, and the place of the whole image in the crop.
     With spec.context a third, for coarser(): the crop around the same centre at the next coarser scale, uint8 (size, size, 3), and how
@@ -175,7 +176,7 @@ def training_view(spec, example, rng, size, near_object=0.8):
                                          if times else np.zeros_like(image)]
     boxes = (boxes - np.tile(corner, 2)) * scale
     inside = ((0, 0, *example.size) - np.tile(corner, 2)) * scale
-    if rng.random() < 0.5:
+    if rng.random() < mirrored:
         image, boxes = flip(image, boxes)
         inside = np.array([size - inside[2], inside[1], size - inside[0], inside[3]])
         wider = [other[:, ::-1] for other in wider]
@@ -223,12 +224,13 @@ def detect(net, image, normalize="none", **combining):
     return boxes[kept], labels[kept], scores[kept]
 
 
-def combine(boxes, probability, classes, merging="merge", threshold=0.5, mode="count", min_score=0.1, limit=300, argmax=False):
+def combine(boxes, probability, classes, merging="merge", threshold=0.5, mode="count", min_score=0.1, limit=300, argmax=False,
+            most=2000):
     """One list of detections from the windows of all scales.
 
     boxes: (M, 4), the box that each window gives; probability: (M, classes), or (M, classes + 1) with the background last. Each window
-    gives its box to every class of probability >= min_score (the paper is silent on pruning: CHOICE); argmax: windows that are surest
-    of the background give none (CHOICE, too). Then per class, merging "merge": greedy merging with accumulated confidence (ops.merge:
+    gives its box to every class of probability >= min_score, and a class takes those of its `most` surest windows (the paper is silent on
+    pruning: CHOICE; merging takes time as their square); argmax: windows that are surest of the background give none (CHOICE, too). Then per class, merging "merge": greedy merging with accumulated confidence (ops.merge:
     threshold, mode), scores are sums and may pass 1; "nms": ops.nms at IoU threshold, scores are probabilities. Returns boxes, labels,
     scores by falling score (ties: lower label), at most `limit`.
     """
@@ -237,7 +239,9 @@ def combine(boxes, probability, classes, merging="merge", threshold=0.5, mode="c
         boxes, probability = boxes[objects], probability[objects]
     found = []
     for label in range(classes):
-        seen = probability[:, label] >= min_score
+        seen = np.flatnonzero(probability[:, label] >= min_score)
+        if len(seen) > most:
+            seen = np.sort(seen[np.argsort(-probability[seen, label], kind="stable")[:most]])
         b, s = boxes[seen], probability[seen, label]
         if merging == "merge":
             b, s, _ = merge.merge(b, s, threshold, mode)
