@@ -206,3 +206,72 @@ def test_measurements_are_drawn(tmp_path):
     draw.measurements([{"step": 1, "a": 0.5, "b": None}, {"step": 2, "a": 0.6, "b": 3.0}], ("a", "b"), tmp_path / "m.png")
     with Image.open(tmp_path / "m.png") as picture:
         assert picture.size[1] > picture.size[0] * 0.7
+
+
+def test_heat_map_has_its_colours_in_the_middle_of_each_cell():
+    """Three by two cells of 21 x 31 pixels that tile (10, 20, 73, 82) of a grey image: half image, half colour, and nothing outside."""
+    picture = np.asarray(draw.heat_map(grey(), np.array([[0.0, 0.25, 0.5], [0.75, 1, 2]]), (10, 20, 73, 82))).astype(int)
+    assert picture.shape == (90, 120, 3)
+    for (x, y), value in {(20, 35): 0, (41, 35): 1, (62, 35): 2, (20, 66): 3, (41, 66): 4, (62, 66): 4}.items():
+        assert abs(picture[y, x] - (GREY + np.array(draw.HEAT[value])) / 2).max() <= 0.5, (x, y)
+    assert (picture != GREY).any(2)[20:82, 10:73].all() and (picture != GREY).any(2).sum() == 62 * 63
+    assert_array_equal(picture[66:82, 10:21], np.broadcast_to(picture[66, 20], (16, 11, 3)))     # from the middles outwards they stay
+
+
+@pytest.mark.parametrize("enlarge", [1, 2.5])
+def test_the_largest_value_is_the_hottest_pixel(enlarge):
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        h, w = rng.integers(1, 6, 2)
+        values = rng.random((h, w)) * 0.8
+        r, c = rng.integers(h), rng.integers(w)
+        values[r, c] = 1
+        box = np.array([7.5, -10, 110, 83])                                 # partly beyond the image
+        picture = np.asarray(draw.heat_map(grey(), values, box, enlarge=enlarge)).astype(int)
+        share = picture[..., 0] - picture[..., 2]                           # the last of HEAT has more red above blue than any before
+        y, x = np.unravel_index(share.argmax(), share.shape)
+        down, across = (83 + 10) / h, (110 - 7.5) / w
+        top, left = -10 + r * down, 7.5 + c * across
+        if -10 + (r + 0.5) * down > 1 or r == h - 1:
+            assert top <= (y + 0.5) / enlarge <= top + down and left <= (x + 0.5) / enlarge <= left + across
+
+
+def test_heat_map_of_one_value_its_scale_and_its_errors():
+    one = np.asarray(draw.heat_map(grey(), [[7]], (0, 0, 120, 90), 5, 9))
+    assert_array_equal(one, np.broadcast_to((GREY + np.array(draw.HEAT[2]) + 1) // 2, one.shape))
+    assert_array_equal(draw.heat_map(grey(), [[7]], (200, 0, 220, 90)), grey())
+    for values, box, low in (([1], (0, 0, 1, 1), 0), (np.zeros((0, 2)), (0, 0, 1, 1), 0), ([[np.nan]], (0, 0, 1, 1), 0), ([[1]], (5, 0, 5, 1), 0),
+                             ([[1]], (0, 0, 1, 1), 1)):
+        with pytest.raises(ValueError, match=r"^draw\.heat_map: values must be \(h, w\), .*, low be below high, got"):
+            draw.heat_map(grey(), values, box, low)
+
+
+def test_filters_of_three_channels_are_coloured_tiles():
+    w = np.zeros((2, 3, 3, 5))
+    w[0, 1, :, 0], w[1, 2, :, 0], w[..., 2] = (4, -4, 0), (0, 2, 0), 1e-9
+    picture = np.asarray(draw.filters(w, enlarge=10, width=100))
+    assert picture.shape == (3 * 28 + 6, 100, 3)                            # two columns of 32 + 6, three rows of 22 + 6
+    picture = np.asarray(draw.filters(w, enlarge=10, width=120))
+    first, third = picture[7:27, 7:37], picture[7:27, 83:113]
+    assert first[5, 15].tolist() == [255, 0, 128] and first[15, 25].tolist() == [128, 191, 128] and first[15, 5].tolist() == [128] * 3
+    assert (third == 255).all() and (picture[:6] == 255).all()
+    assert (picture[35:55, 7:37] == 128).all() and (picture[34:, 83:] == 255).all()            # the fourth, zeros; none below the third
+
+
+def test_filters_show_the_strongest_channels_surest_first():
+    w = np.zeros((2, 2, 6, 1))
+    w[0, 0, :, 0] = 0, 1, -3, 2, 0.5, 1
+    picture = np.asarray(draw.filters(w, 4, 5, 10))
+    assert picture.shape == (12 + 12, 4 * 11 + 1 + 12, 3)                   # wider than 10: one tile must fit
+    strip = picture[7:17, 7:-6]
+    assert [strip[0, 11 * n, 0] for n in range(4)] == [0, 213, 170, 170] and (strip[5:, :10] == 128).all()
+    assert np.asarray(draw.filters(w[:, :, :2], 4, 5, 10)).shape[1] == 2 * 11 + 1 + 12
+    assert draw.filters(w[:, :, :1]).size == (1000, 42 + 12)                # 40 pixels a square
+
+
+@pytest.mark.parametrize("w", [np.zeros((2, 2, 3)), np.zeros((2, 2, 3, 0)), np.full((1, 1, 1, 1), np.inf)])
+def test_filters_error(w):
+    with pytest.raises(ValueError, match=r"^draw\.filters: w must be \(kh, kw, Cin, Cout\), finite, not empty, got"):
+        draw.filters(w)
+    with pytest.raises(ValueError, match="strongest must be at least 1"):
+        draw.filters(np.zeros((1, 1, 1, 1)), 0)

@@ -279,6 +279,20 @@ def test_training_views_come_with_the_coarser_crop_around_the_same_centre():
     assert set(times) == {0, 2.0}
 
 
+@given(st.floats(1.05, 3), st.integers(0, 1), st.integers(0, 1))
+def test_each_window_looks_at_the_coarser_one_of_nearest_centre(times, oy, ox):
+    net = small_net(context=True)
+    image = np.zeros((60, 60, 3), np.uint8)
+    h, w = (len(range(o, 60 // 4 - 4 + 1, 2)) for o in (oy, ox))
+    images, down, across = overfeat_detect.coarser(net.spec, [(image, times), (image, 0)], h, w, (oy, ox))
+    assert images.shape == (2, 60, 60, 3) and down.shape == (2, h, 12) and across.shape == (2, w, 12) and not down[1].any() and not across[1].any()
+    for matrix, o in ((down[0], oy), (across[0], ox)):
+        for i, row in enumerate(matrix):
+            wanted = 30 + (4 * (2 * i + o) + 8 - 30) / times            # centre in pixels of the coarser crop; its windows stand at 8, 12, ..
+            distance = np.abs(np.arange(12) * 4 + 8 - wanted)
+            assert row.sum() == 1 and distance[row.argmax()] <= distance.min() + 1e-9
+
+
 def test_coarser_is_refused_where_it_does_not_fit():
     net, x, x2 = contextual()
     down, across = matrices(net, 5, 5, None)
@@ -614,7 +628,7 @@ def test_saved_and_loaded_net_detects_the_same(tmp_path):
 # From a classifier
 
 def test_a_detector_takes_over_the_trunk_of_a_classifier():
-    classifier = overfeat.OverFeat(overfeat.Spec(("x", "y"), "small", 0.1), np.random.default_rng(9))
+    classifier = overfeat.OverFeat(overfeat.Spec(("w", "x", "y", "z"), "small", 0.1), np.random.default_rng(9))
     for array in classifier.arrays().values():
         array[...] = np.random.default_rng(1).uniform(0.5, 1.5, array.shape)
     net = small_net(dtype=np.float64)

@@ -279,6 +279,10 @@ def test_worked_merge_and_the_surest_window():
     assert_allclose(localization.guesses(views, 2, match="literal", threshold=1e9)[2], p.sum(0)[:2], rtol=1e-12)
     assert_allclose(localization.guesses(views, 2, threshold=-1)[2], (0.6, 0.6))
     assert_allclose(localization.guesses(views, 2, least=0.4)[2], (1.5, 0.6))
+    for how in ({}, {"merging": "none"}):                                   # two views
+        sums, means = (localization.guesses(views, 2, normalize=n, **how) for n in localization.NORMALIZATIONS)
+        assert_array_equal(sums[0], means[0])
+        assert_array_equal(sums[2], 2 * means[2])
     empty = localization.guesses(views, 2, least=0.7)
     assert empty[0].shape == (0, 4) and empty[1].shape == empty[2].shape == (0,)
 
@@ -290,6 +294,20 @@ def test_of_each_view_only_its_own_best_classes_count():
         assert_allclose(scores, expected, rtol=1e-12)
         assert_array_equal(labels, [0, 1][:k])
     assert_array_equal(localization.guesses([(WORKED[:1, None], np.full((1, 3), 1 / 3))], 2)[1], [0, 1])     # ties: the lower class
+
+
+@pytest.mark.parametrize("mode", merge.MODES)
+def test_one_class_free_merge_gives_what_the_classes_merged_one_by_one_give(mode):
+    """Of an SCR, where no window is left out: notes, 4.3. Its members come from a merge per window, that has score 1, all others 0."""
+    rng = np.random.default_rng(4)
+    boxes, p = rng.choice([10.0, 60, 110], (12, 1)) + [0, 0, 40, 40] + rng.uniform(-5, 5, (12, 4)), rng.dirichlet(np.ones(3), 12)
+    found = localization.guesses([(boxes[:7, None], p[:7]), (boxes[7:, None], p[7:])], 3, mode=mode)
+    members = np.array([merge.merge(boxes, one, 0.5, mode)[1] for one in np.eye(12)])       # (windows, merged boxes)
+    merged, vectors = merge.merge(boxes, np.zeros(12), 0.5, mode)[0], members.T @ p
+    assert 1 < len(merged) < 12 and (members.sum(1) == 1).all()
+    for box, label, score in zip(*found):
+        assert_array_equal(box, merged[vectors[:, label].argmax()])
+        assert score == pytest.approx(vectors[:, label].max(), rel=1e-12)
 
 
 def test_merging_never_crosses_classes():
@@ -315,7 +333,8 @@ def test_errors():
         with pytest.raises(ValueError, match=r"^overfeat_localize\.loss: .*" + told):
             localization.loss(np.zeros(shape), targets)
     views = [(WORKED[:, None], np.ones((4, 2)))]
-    for how, told in ((dict(k=0), "k must be at least 1"), (dict(merging="nms"), "merging must be one of merge, none, got 'nms'")):
+    for how, told in ((dict(k=0), "k must be at least 1"), (dict(merging="nms"), "merging must be one of merge, none, got 'nms'"),
+                      (dict(normalize="views"), "normalize must be one of none, scales, got 'views'")):
         with pytest.raises(ValueError, match=r"^overfeat_localize\.guesses: " + told):
             localization.guesses(views, **how)
     net = make(regressor=None)

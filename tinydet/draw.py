@@ -2,9 +2,10 @@
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from tinydet import files
+from tinydet import checks, files
 
 COLOURS = ("#e6194b", "#1f8f3a", "#2f55d4", "#f58231", "#911eb4", "#00868b", "#b8860b", "#d1157f", "#556b2f", "#6b4226")
+HEAT = ((0, 0, 96), (40, 90, 220), (60, 190, 150), (250, 220, 60), (230, 30, 20))     # of heat maps, RGB, from low to high
 
 
 def boxes(image, boxes, labels, classes, scores=None, enlarge=1.0, bracket=None):
@@ -67,6 +68,60 @@ def sheet(pictures, columns, captions=None, gap=6):
             out.paste(p, (x, y + line))
             n += 1
         y += height + gap
+    return out
+
+
+def heat_map(image, values, box, low=0.0, high=1.0, enlarge=1.0):
+    """Numbers over an image (uint8 (H, W, 3)), as a Pillow image: the image in grey, half and half with HEAT's colours where there are values.
+
+    values: (h, w), a grid of cells. box: (x1, y1, x2, y2), pixels, the part of the image that the cells tile: a value holds in the
+    middle of its cell, in between it is interpolated (bilinear), from there to the border of the grid it stays. Beyond the image
+    nothing is drawn. low, high: the values of the first and last colour; what lies beyond has them, too.
+    Raises ValueError unless values are finite, at least one, the box has an area, and low < high.
+    """
+    values = np.asarray(values, float)
+    if values.ndim != 2 or not values.size or not np.isfinite(values).all() or not (box[0] < box[2] and box[1] < box[3] and low < high):
+        raise ValueError("draw.heat_map: values must be (h, w), at least one, finite, the box have an area, low be below high, got "
+                         f"{values.shape}, {tuple(box)}, {low}, {high}")
+    grey = Image.fromarray(image).convert("L")
+    grey = grey.resize([max(1, round(side * enlarge)) for side in grey.size], Image.Resampling.BICUBIC)
+    at, inside = [], []
+    for side, cells, start, end in zip(grey.size[::-1], values.shape, box[1::-1], box[:1:-1]):
+        share = ((np.arange(side) + 0.5) / enlarge - start) / (end - start)             # of each pixel's middle along the grid
+        at.append(np.stack([np.interp(share * cells - 0.5, np.arange(cells), one) for one in np.eye(cells)], 1))
+        inside.append((share >= 0) & (share < 1))
+    heat = (at[0] @ values @ at[1].T - low) / (high - low)
+    colours = np.stack([np.interp(heat, np.linspace(0, 1, len(HEAT)), c) for c in zip(*HEAT)], 2)
+    out = np.repeat(np.asarray(grey, float)[..., None], 3, 2)
+    out = np.where((inside[0][:, None] & inside[1])[..., None], (out + colours) / 2, out)
+    return Image.fromarray((out + 0.5).astype(np.uint8))
+
+
+def filters(w, strongest=4, enlarge=None, width=1000):
+    """The filters of a convolution, w (kh, kw, Cin, Cout), as a Pillow image: one tile each, in order, row by row.
+
+    With three input channels a tile is in colour (RGB); else a strip of grey squares, one for each of the `strongest` input channels
+    (largest sum of squares, surest first; ties: the lower channel), or of all if there are no more. 0 is mid grey; the largest
+    absolute weight of a filter is white, or black if negative. enlarge: pixels a weight, default about 40 a square. width: of the
+    picture in pixels; wider only if no tile fits. Raises ValueError unless w has that shape, is finite and not empty, and the
+    other numbers are at least 1.
+    """
+    w = np.asarray(w, float)
+    if w.ndim != 4 or not w.size or not np.isfinite(w).all():
+        raise ValueError(f"draw.filters: w must be (kh, kw, Cin, Cout), finite, not empty, got {w.shape}")
+    kh, kw, Cin, Cout = w.shape
+    enlarge = max(1, 40 // kw) if enlarge is None else enlarge
+    checks.whole("draw.filters", 1, strongest=strongest, enlarge=enlarge, width=width)
+    shades = 127.5 + 127.5 * w / np.maximum(abs(w).max((0, 1, 2)), np.finfo(float).tiny)
+    shades, tiles = (shades + 0.5).astype(np.uint8).repeat(enlarge, 0).repeat(enlarge, 1), []
+    for n in range(Cout):
+        order = np.argsort(-(w[..., n] ** 2).sum((0, 1)), kind="stable")[:strongest]
+        squares = [shades[..., n]] if Cin == 3 else [shades[..., [c, c, c], n] for c in order]
+        tiles.append(sheet([Image.fromarray(s) for s in squares], len(squares), gap=1))
+    gap = 6
+    tiles = sheet(tiles, min(Cout, max(1, (width - gap) // (tiles[0].width + gap))), gap=gap)
+    out = Image.new("RGB", (max(width, tiles.width), tiles.height), "white")
+    out.paste(tiles)
     return out
 
 

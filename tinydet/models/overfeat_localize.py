@@ -1,7 +1,8 @@
 """OverFeat's localization (Sermanet et al., 1312.6229, sec. 4): a regressor trained on a frozen trunk, boxes of all scales that merge.
 
 Training: freeze_trunk(net) once; for each image training_scales(); for each scale targets(), loss(), net.backward, or regress_step();
-the gradients of the scales add up. The rate is not in the paper: CHOICE 1e-3 to 1e-2, with the optimiser of the classifier.
+the gradients of the scales add up. The rate is not in the paper: CHOICE 0.05 with momentum 0.9 and gradients clipped to norm 1,
+which suits the toy nets of the tests.
 At test time localize() gives five guesses, as evaluate_classification.localization_error takes them.
 """
 import copy
@@ -16,6 +17,7 @@ from tinydet.ops import box_loss, boxes as box_ops, merge, offset_pool, softmax_
 
 RULES = ("inter", "iou")
 MERGINGS = ("merge", "none")
+NORMALIZATIONS = ("none", "scales")
 
 
 # Training (sec. 4.2)
@@ -157,21 +159,26 @@ def look(net, image, size, mirrored=False, fine=True, centre_only=False, keep_as
     return (boxes / _factors((height, width), image)).reshape(edges.shape), softmax_loss.softmax(scores.reshape(h * w, K))
 
 
-def guesses(views, k=5, merging="merge", threshold=0.5, mode="mean", match="dissimilarity", least=0.0):
+def guesses(views, k=5, merging="merge", threshold=0.5, mode="mean", match="dissimilarity", least=0.0,
+            normalize="none"):
     """The k best (box, class) of what look() saw in the views of one image (sec. 4.3).
 
     Of each view (CHOICE: of each scale and flip) the k classes of largest p at any window count, with a box from every window,
     that has the confidence p. Then each class for itself (CHOICE), over all views:
     merging "merge": ops.merge (threshold, mode, match: see there) averages boxes and adds up confidence, and the box of largest sum
     stands for the class. "none": the box of the surest window, score p. A class's windows with p < least are left out (CHOICE: 0;
-    merging takes time as their square).
+    merging takes time as their square). Which boxes merge does not depend on p: with an SCR and least = 0 the classes that all views
+    name merge alike, so that one merge for all of them, their p added as vectors, would give the same boxes and sums.
+    normalize "scales": scores are divided by the number of views, to compare images seen at different ones; "none" is the paper's.
     Returns boxes (G, 4), labels (G,) int64, scores (G,), surest first, G <= k. Ties: the lower class, the earlier view, the first
-    window. Raises ValueError for k < 1, another merging, and as ops.merge.
+    window. Raises ValueError for k < 1, another merging or normalize, and as ops.merge.
     """
     op = "overfeat_localize.guesses"
     checks.whole(op, 1, k=k)
     if merging not in MERGINGS:
         raise ValueError(f"{op}: merging must be one of {', '.join(MERGINGS)}, got {merging!r}")
+    if normalize not in NORMALIZATIONS:
+        raise ValueError(f"{op}: normalize must be one of {', '.join(NORMALIZATIONS)}, got {normalize!r}")
     seen, found = {}, []
     for boxes, p in views:
         for label in np.argsort(-p.max(0), kind="stable")[:k].tolist():
@@ -185,7 +192,7 @@ def guesses(views, k=5, merging="merge", threshold=0.5, mode="mean", match="diss
             found.append((b[s.argmax()], label, s.max()))
     found = sorted(found, key=lambda guess: -guess[2])[:k]
     boxes, labels, scores = zip(*found) if found else ((), (), ())
-    return np.reshape(boxes, (-1, 4)), np.array(labels, np.int64), np.array(scores, np.float64)
+    return np.reshape(boxes, (-1, 4)), np.array(labels, np.int64), np.array(scores, np.float64) / (len(views) if normalize == "scales" else 1)
 
 
 def _factors(shape, image):
