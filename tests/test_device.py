@@ -251,3 +251,15 @@ def test_the_stand_in_has_nothing_that_cupy_lacks():
         assert hasattr(real, name), name
     for name in fake_cupy.METHODS:
         assert hasattr(real.ndarray, name), name
+
+
+def test_overfeat_classifies_and_localizes_on_the_gpu(tmp_path, monkeypatch):
+    classify, localize = example("overfeat_classify"), example("overfeat_localize")
+    monkeypatch.setattr(overfeat, "TEST_SIZES", ((245, 245),) * 6)          # the smallest scale, six times
+    common = ["--backend", "cuda", "--canvases", "3", "--eval-canvases", "1", "--steps", "1", "--batch", "2", "--out", str(tmp_path)]
+    with use("cuda") as put:
+        classify.main(classify.arguments([*common, "--width", "0.1"]), put)
+        localize.main(localize.arguments(common), put)
+        localize.main(localize.arguments([*common, "--train-all", "--fine-training", "--name", "all"]), put)
+    assert (tmp_path / "overfeat_classify" / "maps.png").is_file() and (tmp_path / "overfeat_localize" / "boxes.png").is_file()
+    assert {"offset_pool_forward", "conv_dw"} <= set(fake_cupy.launches)
