@@ -117,14 +117,18 @@ def figures(detections, examples, classes):
 
 
 def measure(run, step, detections, examples, classes, **more):
-    """Keep a point of the curve, curve.json in the run folder: "step", "mean AP50" of the detections, and more numbers. Returns all points so far.
+    """Keep a point of the curve: "mean AP50" of the detections, and more numbers. Returns all points so far."""
+    return keep_point(run, {"step": step, "mean AP50": evaluate.mean_ap(evaluate.voc(detections, examples, classes)), **more})
+
+
+def keep_point(run, point):
+    """Keep a point of the curve, curve.json in the run folder: a dict of "step" and numbers. Returns all points so far.
 
     NaN, where there is nothing to measure, is kept as null. Points of this step and later are dropped: a resumed run measures them again.
     """
     path = run.folder / "curve.json"
-    point = {"step": step, "mean AP50": evaluate.mean_ap(evaluate.voc(detections, examples, classes)), **more}
     point = {k: None if math.isnan(v) else v for k, v in point.items()}
-    curve = [p for p in (files.read_json(path) if path.exists() else []) if p["step"] < step] + [point]
+    curve = [p for p in (files.read_json(path) if path.exists() else []) if p["step"] < point["step"]] + [point]
     files.write(path, json.dumps(curve, indent=1) + "\n")
     return curve
 

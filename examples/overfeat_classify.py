@@ -189,10 +189,7 @@ def main(args, put):
 
     def measure(i):
         seen = [overfeat.classify(net, e.image(), net.table.sizes[:1], flip=False) for e in held_out[measured]]
-        path, point = run.folder / "curve.json", {"step": i, "top1_error": top_k_error(np.array(seen), true[measured], 1).error}
-        curve = [p for p in (files.read_json(path) if path.exists() else []) if p["step"] < i] + [point]
-        files.write(path, json.dumps(curve, indent=1) + "\n")
-        return curve
+        return common.keep_point(run, {"step": i, "top1_error": top_k_error(np.array(seen), true[measured], 1).error})
 
     schedule = (optim.step_schedule(args.lr, args.decay_at, 0.5) if args.decay_at else
                 optim.cosine_schedule(args.lr, args.steps, args.steps // 20))

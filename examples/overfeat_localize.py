@@ -210,10 +210,7 @@ def main(args, put):
     def measure(i):
         seen = [views_of(net, e.image(), "coarse", (1, 4), False) for e in held_out[:200]]
         found = [overfeat_localize.guesses([v for views in e.values() for v in views], **merging) for e in seen]
-        path, error = run.folder / "curve.json", evaluate_classification.localization_error(found, held_out[:200]).error
-        curve = [p for p in (files.read_json(path) if path.exists() else []) if p["step"] < i]
-        files.write(path, json.dumps(curve := [*curve, {"step": i, "localization_error": error}], indent=1) + "\n")
-        return curve
+        return common.keep_point(run, {"step": i, "localization_error": evaluate_classification.localization_error(found, held_out[:200]).error})
 
     train.fit(run, net, optimizer, optim.cosine_schedule(args.lr, args.steps, args.steps // 20), args.steps, step,
               args.checkpoint_every, prepare, args.workers)
