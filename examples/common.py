@@ -48,7 +48,8 @@ def check(parser, args):
 def settings(args, *left_out):
     """The arguments that make a run what it is, as JSON values: a resumed run must have the same."""
     config = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "checkpoint_every", "workers", *left_out)}
-    config["data"] = str(Path(args.data).resolve()) if args.data else None
+    for name in {"data", "weights"} & {*config}:
+        config[name] = str(Path(config[name]).resolve()) if config[name] else None
     return config
 
 

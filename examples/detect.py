@@ -63,7 +63,7 @@ def load(args, put):
             raise ValueError(f"detect: {args.weights} must hold a detector, got a net without scales or regressor: examples/overfeat.py "
                              "--weights makes one of it")
         net.to(put)
-        combining = {k: settings[k] for k in ("merging", "threshold") if k in settings}
+        combining = {k: settings[k] for k in ("merging", "threshold", "mode") if k in settings}
         return net, settings, lambda image, stem: overfeat_detect.detect(net, image, **combining)
     net, settings = fast_rcnn.load(args.weights)
     net.to(put)

@@ -29,16 +29,17 @@ def arguments(argv=None):
     a("--steps", type=common.count, help="training steps (scenes 750, folders 800)")
     a("--batch", type=common.count, default=32, help="crops a step (%(default)s)")
     a("--crop", type=common.count, metavar="PIXELS", help="side of a crop (default: three windows)")
-    a("--window", type=common.count, metavar="PIXELS", help="side of the window, a multiple of 8 (default: from the training boxes)")
+    a("--window", type=common.count, metavar="PIXELS", help="side of the window, of the small net a multiple of 8 (default: from the training boxes)")
     a("--near-object", type=float, default=0.8, help="share of the crops that hold a fitting object (%(default)s)")
     a("--no-mirror", action="store_true", help="mirror no crops: for objects that mirrored are others, such as letters")
     a("--lr", type=float, default=0.07, help="largest learning rate (%(default)s)")
     a("--weights", metavar="FILE", help="start from this net, such as examples/overfeat_classify.py makes (default: from scratch)")
     a("--context", action="store_true", help="the classifier sees the next coarser scale, too")
     a("--no-background", action="store_true", help="no background class, no negatives")
-    a("--negatives", type=float, default=3.0, metavar="RATIO", help="windows of the background that train, for one of a class (%(default)s)")
+    a("--negatives", type=float, default=3.0, metavar="RATIO", help="windows of the background that train, for one of a class (%(default)s); at least 8 an image, unless 0")
     a("--offending", type=float, default=0.5, metavar="SHARE", help="of those, taken as the most offending; the others at random (%(default)s)")
     a("--merging", choices=tuple(THRESHOLDS), default="merge", help="how boxes are combined (%(default)s)")
+    a("--mode", choices=("mean", "count"), default="count", help="merged boxes: the paper's mean of two, or the mean of all members (%(default)s)")
     a("--threshold", type=float, help="of the match score (merge, 0.6) or of IoU (nms, 0.45)")
     a("--also-nms", action="store_true", help="evaluate once more with --merging nms")
     a("--measure-every", type=common.count, metavar="STEPS", help="average precision (default: only at the end)")
@@ -66,17 +67,17 @@ def main(args, put):
     spec = overfeat_detect.spec_for(examples, classes, args.window, background=not args.no_background, context=args.context, **like)
     side = args.crop or 3 * spec.layers.window
     overfeat_detect.training_view(spec, examples[0], np.random.default_rng(0), side)    # a crop too small is said before a run begins
-    run = train.Run(Path(args.out) / args.name, common.settings(args, "merging", "threshold", "also_nms", "measure_every"), args.resume)
+    run = train.Run(Path(args.out) / args.name, common.settings(args, "merging", "threshold", "mode", "also_nms", "measure_every"), args.resume)
     net = overfeat.OverFeat(spec, np.random.default_rng(args.seed))
     if classifier:
-        print(f"from {args.weights}: {', '.join(dict.fromkeys(name.rpartition('.')[0] for name in overfeat.take_over(net, classifier)))}")
+        print(f"from {args.weights}: {', '.join(overfeat.take_over(net, classifier))}")
     net.to(put)
     print(f"{len(examples)} training and {len(held_out)} evaluation images, {len(classes)} classes, window {spec.layers.window}, scales "
           + " ".join(f"{s:.2f}" for s in spec.scales))
     print(summary(net, (1, side, side, 3)), flush=True)             # a training crop
     mirrored = 0.0 if args.no_mirror else 0.5
-    drawing = {"ratio": args.negatives, "offending": args.offending}
-    combining = {"merging": args.merging, "threshold": args.threshold}
+    drawing = {"ratio": args.negatives, "offending": args.offending, "least": 8 if args.negatives else 0}
+    combining = {"merging": args.merging, "threshold": args.threshold, "mode": args.mode}
     below = tuple((side - spec.layers.window - spec.layers.jump * o) // spec.layers.step + 1 for o in range(spec.layers.pool))
 
     def prepare(i):

@@ -91,9 +91,9 @@ def committee_of(args, classes):
     """The nets of --committee. Raises ValueError for a file whose net has other classes."""
     nets = [overfeat.load(path)[0] for path in args.committee]
     for path, net in zip(args.committee, nets):
-        if tuple(net.spec.classes) != tuple(classes) or net.spec.background:
+        if tuple(net.spec.classes) != tuple(classes) or (net.spec.background or net.spec.scales):
             raise ValueError(f"--committee: {path} must be a classifier of {', '.join(classes)}, got {', '.join(net.spec.classes)}"
-                             + ", background" * net.spec.background)
+                             + ", as a detector" * bool(net.spec.background or net.spec.scales))
     return nets
 
 

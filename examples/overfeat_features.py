@@ -125,7 +125,7 @@ def features(net, image, source="the image", put=np.asarray):
 
 
 def view(image):
-    """What is classified: the centre square of the image whose smaller side is 231, the fast net's window, for both overfeat.
+    """What is classified: the centre square of the image whose smaller side is 231, the fast net's window, for both nets.
 
     On 231 pixels the accurate net has one output, too, which leaves out the last ten rows and columns. CHOICE: bilinear, and also
     for PPM, which the release crops without resizing it.

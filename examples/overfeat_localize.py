@@ -79,7 +79,7 @@ def read(args):
     if classifier.spec.classes != tuple(classes):
         raise ValueError(f"overfeat_localize: the classes of {path} must be those of the data, {', '.join(classes)}, got "
                          f"{', '.join(classifier.spec.classes)}")
-    if classifier.spec.background or classifier.spec.context:
+    if classifier.spec.background or classifier.spec.context or classifier.spec.scales:
         raise ValueError(f"overfeat_localize: {path} must hold a classifier, got a detector")
     for e in (e for examples in sets for e in examples if not len(e.usable()[0])):
         raise ValueError(f"overfeat_localize: every image must have a box that is not difficult, got none in {e.name}")

@@ -195,7 +195,7 @@ def test_what_cannot_be_is_said_before_a_run_begins(tmp_path, capsys):
             (["--data", voc_lists(tmp_path / "voc")], ValueError, "got none"),
             (["--decay-at", "1", "3"], ValueError, "--decay-at must lie below --steps 3, got 3"),
             (["--committee", tmp_path / "other.npz"], ValueError, r"--committee: .*other.npz must be a classifier of cross, .*, got a, b$"),
-            (["--committee", tmp_path / "detector.npz"], ValueError, r"detector.npz must be a classifier of .*, got .*, background$"),
+            (["--committee", tmp_path / "detector.npz"], ValueError, r"detector.npz must be a classifier of .*, got .*, as a detector$"),
             (["--momentum", "1"], ValueError, "momentum must lie in"), (["--width", "0"], ValueError, "width must be above 0"),
             (["--dropout", "1"], ValueError, "dropout must lie in"), (["--init", "-1"], ValueError, "init must be None, or above 0")):
         with pytest.raises(error, match=message):

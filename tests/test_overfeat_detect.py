@@ -269,8 +269,8 @@ def test_training_views_come_with_the_coarser_crop_around_the_same_centre():
         crop, (boxes, _, _), (wider, t) = overfeat_detect.training_view(spec, example, rng, 128, near_object=1.0)
         times.append(t)
         assert wider.shape == crop.shape and wider.dtype == np.uint8
-        if not t:
-            assert not wider.any()                                  # the coarsest scale has nothing coarser
+        if not t:                                                   # the coarsest scale: nothing coarser is looked at
+            assert wider.any()                                      # but batch norm sees no black image
             continue
         x1, y1, x2, y2 = boxes[0]
         if min(x1, y1) >= 1 and max(x2, y2) <= 127:
@@ -508,7 +508,7 @@ def test_spec_covers_every_object_size(low, spread):
 def test_spec_errors():
     with pytest.raises(ValueError, match="overfeat_detect.spec_for: the training images must hold at least one box, got none"):
         overfeat_detect.spec_for(box_examples([]), ("a",))
-    with pytest.raises(ValueError, match="window must be a positive multiple of 8 pixels, got 30"):
+    with pytest.raises(ValueError, match=r"^overfeat_detect.spec_for: window must be 8, 16, 24, .. pixels, got 30"):
         overfeat_detect.spec_for(box_examples([30]), ("a",), 30)
 
 
@@ -517,6 +517,17 @@ def test_spec_from_known_quantiles():
     assert spec.layers.window == 40 and len(spec.scales) == 3                          # log(149 / 51) / log(1.4) = 3.2
     assert_allclose(40 / np.array(spec.scales), 51 * (149 / 51) ** (np.array([1, 3, 5]) / 6))
     assert len(overfeat_detect.spec_for(box_examples([3.0, 1100.0] * 50), ("a",)).scales) == 10
+
+
+@pytest.mark.parametrize("table, first, step, pool", [("small", 8, 8, 2), ("accurate", 77, 36, 3), ("fast", 71, 32, 2)])
+def test_scales_fit_the_windows_of_any_net(table, first, step, pool):
+    examples = box_examples(np.linspace(50, 150, 101))
+    for window in (None, first, first + 2 * step):
+        spec = overfeat_detect.spec_for(examples, ("a",), window, table=table, width=0.01)
+        assert spec.layers.pool == pool and spec.layers.window == (window or max(first, 40 if table == "small" else 0))
+        assert_allclose(spec.layers.window / np.array(spec.scales), 51 * (149 / 51) ** (np.array([1, 3, 5]) / 6))
+    with pytest.raises(ValueError, match=rf"window must be {first}, {first + step}, {first + 2 * step}, .. pixels, got {first + 1}$"):
+        overfeat_detect.spec_for(examples, ("a",), first + 1, table=table)
 
 
 def test_spec_warns_of_boxes_too_long_for_a_square():
@@ -556,6 +567,8 @@ def test_combine_of_nothing_and_errors():
     for b, labels, scores in (overfeat_detect.combine(boxes, p, 2, min_score=2.0), overfeat_detect.combine(boxes[:0], p[:0], 2)):
         assert b.shape == (0, 4) and labels.shape == scores.shape == (0,)
     assert len(overfeat_detect.combine(boxes, p, 2, limit=3)[0]) == 3
+    apart = np.arange(400.0)[:, None] * 100 + (0, 0, 50, 50)
+    assert len(overfeat_detect.combine(apart, np.full((400, 1), 0.1), 1)[0]) == 300                 # 0.1 counts, 300 are the most
     with pytest.raises(ValueError, match="overfeat_detect.combine: merging must be merge or nms, got 'soft'"):
         overfeat_detect.combine(boxes, p, 2, "soft")
 
@@ -586,6 +599,8 @@ def test_scores_may_be_divided_by_the_number_of_scales():
     assert len(plain[2])
     assert_array_equal(plain[0], normal[0])
     assert_allclose(normal[2], plain[2] / 2, rtol=1e-15)
+    nms = [overfeat_detect.detect(net, image, normalize=how, merging="nms")[2] for how in ("none", "scales")]
+    assert_array_equal(*nms)                                        # no sums
     with pytest.raises(ValueError, match="^overfeat_detect.detect: normalize must be none or scales, got 'sum'"):
         overfeat_detect.detect(net, image, normalize="sum")
 
@@ -634,14 +649,15 @@ def test_a_detector_takes_over_the_trunk_of_a_classifier():
     net = small_net(dtype=np.float64)
     before = {k: v.copy() for k, v in net.arrays().items()}
     taken = overfeat.take_over(net, classifier)
-    assert {k.split(".")[0] for k in taken} == {"trunk", "classifier"} and "classifier.fc5.w" not in taken      # k 2 here, 5 there
-    assert "trunk.conv4_norm.var" in taken and "classifier.fc5_norm.gamma" in taken and not any(".out." in k for k in taken)
+    assert taken == [f"trunk.conv{i}{norm}" for i in (1, 2, 3, 4) for norm in ("", "_norm")]        # k 2 here, 5 there: no layer behind it
     for k, v in net.arrays().items():
-        assert_array_equal(v, classifier.arrays()[k] if k in taken else before[k])
+        assert_array_equal(v, classifier.arrays()[k] if k.startswith("trunk.") else before[k])
         assert v.dtype == np.float64
     same = small_net(k=5)
-    assert "classifier.fc5.w" in overfeat.take_over(same, classifier)
-    with pytest.raises(ValueError, match="^overfeat.take_over: the trunks must have the same layers, got none for trunk.conv1.w"):
+    assert overfeat.take_over(same, classifier)[8:] == ["classifier.fc5", "classifier.fc5_norm"]
+    assert_array_equal(same.arrays()["classifier.fc5_norm.var"], classifier.arrays()["classifier.fc5_norm.var"])
+    assert not (same.arrays()["classifier.out.w"] == classifier.arrays()["classifier.out.w"]).any()
+    with pytest.raises(ValueError, match="^overfeat.take_over: the trunks must have the same layers, got trunk.conv1 of shapes "):
         overfeat.take_over(small_net(width=0.2), classifier)
     with pytest.raises(ValueError, match="^overfeat.take_over: both nets must have one mean and std, got 100.0, "):
         overfeat.take_over(small_net(mean=100.0), classifier)

@@ -138,7 +138,8 @@ def rows(table, classes=1000, width=1.0, regressor=None):
 
 
 def parameters(table, classes=1000, width=1.0, regressor=None):
-    """Weights and biases of each layer, by name (arguments: rows), with gamma and beta of its batch norm. Their sum is the net's."""
+    """Weights and biases of each layer, by name (arguments: rows), with gamma and beta of its batch norm. Their sum is the
+    net's; what context adds is not counted."""
     return {r.name: (r.size ** 2 * r.Cin + 1 + 2 * (table.norm and r.relu)) * r.Cout for r in rows(table, classes, width, regressor)}
 
 
@@ -457,7 +458,7 @@ def _dilated(head, s, p, added=None):
 def training_view(table, image, rng, short=256):
     """One window at random of the image of short side `short` (aspect kept), half of them mirrored: uint8 (window, window, 3).
 
-    CHOICE: one view a call; the paper draws 5 an image, and mirrors each. short: 256 is the paper's; smaller for smaller overfeat.
+    CHOICE: one view a call; the paper draws 5 an image, and mirrors each. short: 256 is the paper's; smaller for smaller nets.
     The rate: optim.step_schedule(5e-2, (30, 50, 60, 70, 80), 0.5). Raises ValueError for a short side below the window.
     """
     image, side = _short_side("training_view", table, image, short), table.window
@@ -522,7 +523,7 @@ def classify_ten(net, image, short=256, probabilities=True):
 
 
 def committee(nets, image, **how):
-    """The mean of classify(net, image, **how) over several overfeat."""
+    """The mean of classify(net, image, **how) over several nets."""
     return np.mean([classify(net, image, **how) for net in nets], 0)
 
 
@@ -536,21 +537,29 @@ def _answers(net, images, probabilities, fine):
 # Files, and what one net takes over from another
 
 def take_over(net, other):
-    """Copy into net every array of another OverFeat that has its name and shape there, those of the output layers left out: how a
-    detector starts from a classifier (sec. 5). Both must see pixels alike: give net's Spec the other's mean and std. Returns the names.
+    """Copy into net the layers of another OverFeat, part by part from the first on, as far as they have the same names and shapes, but for
+    the output layers: how a detector starts from a classifier (sec. 5). Both must see pixels alike: give net's Spec the other's mean and
+    std. Returns the names of the layers.
 
     Raises ValueError where a layer of the trunk has no counterpart, or mean and std differ.
     """
-    taken = {k: v for k, v in other.arrays().items() if k in net.arrays() and net.arrays()[k].shape == v.shape and ".out." not in k}
-    if missing := [k for k in net.arrays() if k.startswith("trunk.") and k not in taken]:
-        raise ValueError(f"overfeat.take_over: the trunks must have the same layers, got none for {', '.join(missing)}")
+    mine, theirs, taken = net.leaves(), other.leaves(), []
+    for part in net.parts:
+        for name in (n for n in mine if n.split(".")[0] == part):
+            shapes, wanted = ({k: a.shape for k, a in leaves[name].arrays().items()} if name in leaves else None for leaves in (theirs, mine))
+            if name.endswith(".out") or shapes != wanted:
+                if part == "trunk":
+                    raise ValueError(f"overfeat.take_over: the trunks must have the same layers, got {name} of shapes {wanted} and {shapes}")
+                break
+            taken += [name] * bool(wanted)
     if (net.spec.mean, net.spec.std) != (other.spec.mean, other.spec.std):
         raise ValueError(f"overfeat.take_over: both nets must have one mean and std, got {net.spec.mean}, {net.spec.std} and "
                          f"{other.spec.mean}, {other.spec.std}")
     xp = array_module(next(iter(net.params.values())))
-    for name, array in taken.items():
-        net.arrays()[name][...] = xp.asarray(to_numpy(array))
-    return list(taken)
+    for name in taken:
+        for key, array in mine[name].arrays().items():
+            array[...] = xp.asarray(to_numpy(theirs[name].arrays()[key]))
+    return taken
 
 
 def save(net, path, settings):

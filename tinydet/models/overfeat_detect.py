@@ -107,15 +107,17 @@ def loss(spec, scores, edges, targets, rng, box_weight=1.0, offset=(0, 0), **dra
 
 # Training views and detection
 
-def spec_for(examples, classes, window=None, most=64, least=24, ratio=1.4, most_scales=10, table="small", pool=2, **more):
+def spec_for(examples, classes, window=None, most=64, least=24, ratio=1.4, most_scales=10, table="small", pool=None, **more):
     """Window, scales and normalisation from the training boxes: how a new data set becomes a Spec.
 
-    With d = sqrt(width * height) of a box: the window is the largest multiple of jump * pool pixels that is not above 0.8 times
-    the 5 % quantile of d, within [least, most], unless `window` names another; scales are such that windows of sides about
-    `ratio` apart (the paper's ratio) cover all d between the 1 % and the 99 % quantile, in original pixels; at most
-    `most_scales`, further apart if need be. Warns if more than 5 % of the boxes are too long for a square window.
-    more: fields of the Spec in place of these: an SCR that starts from the window, no dropout, He's rule, a background class.
-    Raises ValueError if there is no box, or for a window that is no positive multiple of jump * pool.
+    With d = sqrt(width * height) of a box: the window is the largest that the table can have (k = 1, 2, ..; of the small net the
+    multiples of 8 pixels), but not above 0.8 times the 5 % quantile of d, within [least, most], unless `window` names another; scales
+    are such that windows of sides about `ratio` apart (the paper's ratio, unverified) cover all d between the 1 % and the 99 %
+    quantile, in original pixels; at most `most_scales`, further apart if need be. Warns if more than 5 % of the boxes are too long for
+    a square window. pool: default 2 for the small net, else the table's.
+    more: fields of the Spec in place of these: an SCR that starts from the window, no dropout (CHOICE: the paper is silent for this
+    stage), He's rule, a background class.
+    Raises ValueError if there is no box, or for a window that the table cannot have.
     """
     boxes = np.concatenate([e.usable()[0] for e in examples])
     if len(boxes) == 0:
@@ -126,17 +128,20 @@ def spec_for(examples, classes, window=None, most=64, least=24, ratio=1.4, most_
         warnings.warn(f"overfeat_detect.spec_for: {long.sum()} of {len(boxes)} boxes are more than 2.25 times as long as wide: no square window "
                       "overlaps such a box by IoU 0.5, so they are not learnt", stacklevel=2)
     low, small, high = np.quantile(sides, (0.01, 0.05, 0.99))
-    cell = overfeat.Spec(tuple(classes), table, pool=pool).layers.step
-    if window is not None and (window < cell or window % cell):
-        raise ValueError(f"overfeat_detect.spec_for: window must be a positive multiple of {cell} pixels, got {window}")
-    k = int(window or np.clip(0.8 * small, least, most)) // cell
+    pool = 2 if pool is None and table == "small" else pool
+    narrow = overfeat.Spec(tuple(classes), table, k=1, pool=pool).layers
+    first, cell = narrow.window, narrow.step
+    if window is not None and (window < first or (window - first) % cell):
+        raise ValueError(f"overfeat_detect.spec_for: window must be {first}, {first + cell}, {first + 2 * cell}, .. pixels, got {window}")
+    k = 1 + max(0, int(window or np.clip(0.8 * small, least, most)) - first) // cell
+    side = first + cell * (k - 1)
     steps = min(most_scales, max(1, round(np.log(high / low) / np.log(ratio))))
     factor = (high / low) ** (1 / steps)
     covered = low * factor ** (np.arange(steps) + 0.5)
     if "mean" not in more:
         more["mean"], more["std"] = mean_std(examples)
     fields = {"regressor": "SCR", "dropout": 0.0, "init": None, "from_window": True, "background": True, **more}
-    return overfeat.Spec(tuple(classes), table, k=k, pool=pool, scales=tuple(float(cell * k / side) for side in covered), **fields)
+    return overfeat.Spec(tuple(classes), table, k=k, pool=pool, scales=tuple(float(side / d) for d in covered), **fields)
 
 
 def training_view(spec, example, rng, size, near_object=0.8, mirrored=0.5):
@@ -148,7 +153,7 @@ def training_view(spec, example, rng, size, near_object=0.8, mirrored=0.5):
     size: pixels, at least window + step. Target: all boxes in pixels of the crop, also those that reach
     out of it, label -1 for difficult ones, and the place of the whole image in the crop.
     With spec.context a third, for coarser(): the crop around the same centre at the next coarser scale, uint8 (size, size, 3), and how
-    many times coarser it is, 0 at the coarsest.
+    many times coarser it is; 0 at the coarsest scale, where the crop is made as for the others, for batch norm's sake, and not used.
     """
     window = spec.layers.window
     if size < window + spec.layers.step:
@@ -171,16 +176,16 @@ def training_view(spec, example, rng, size, near_object=0.8, mirrored=0.5):
         corner.append(rng.uniform(low, high))
     photograph = example.image()
     image = view(photograph, *corner, scale, size, size, spec.fill)
-    times = spec.scales[index] / spec.scales[index + 1] if index + 1 < len(spec.scales) else 0
-    wider = [] if not spec.context else [view(photograph, *(np.array(corner) + reach / 2 * (1 - times)), scale / times, size, size, spec.fill)
-                                         if times else np.zeros_like(image)]
+    last = index + 1 == len(spec.scales)
+    times = step if last else spec.scales[index] / spec.scales[index + 1]
+    wider = [view(photograph, *(np.array(corner) + reach / 2 * (1 - times)), scale / times, size, size, spec.fill)] if spec.context else []
     boxes = (boxes - np.tile(corner, 2)) * scale
     inside = ((0, 0, *example.size) - np.tile(corner, 2)) * scale
     if rng.random() < mirrored:
         image, boxes = flip(image, boxes)
         inside = np.array([size - inside[2], inside[1], size - inside[0], inside[3]])
         wider = [other[:, ::-1] for other in wider]
-    return image, (boxes, labels, inside), *((other, times) for other in wider)
+    return image, (boxes, labels, inside), *((other, 0 if last else times) for other in wider)
 
 
 def coarser(spec, pairs, h, w, offset=None):
@@ -230,9 +235,10 @@ def combine(boxes, probability, classes, merging="merge", threshold=0.5, mode="c
 
     boxes: (M, 4), the box that each window gives; probability: (M, classes), or (M, classes + 1) with the background last. Each window
     gives its box to every class of probability >= min_score, and a class takes those of its `most` surest windows (the paper is silent on
-    pruning: CHOICE; merging takes time as their square); argmax: windows that are surest of the background give none (CHOICE, too). Then per class, merging "merge": greedy merging with accumulated confidence (ops.merge:
-    threshold, mode), scores are sums and may pass 1; "nms": ops.nms at IoU threshold, scores are probabilities. Returns boxes, labels,
-    scores by falling score (ties: lower label), at most `limit`.
+    pruning: CHOICE; merging takes time as their square). argmax: windows that are surest of the background give none (CHOICE: off).
+    Then per class, merging "merge": greedy merging with accumulated confidence (ops.merge: threshold, mode; "count", exact means, is
+    a CHOICE, the paper's words give "mean"), scores are sums and may pass 1; "nms": ops.nms at IoU threshold, scores are
+    probabilities. Returns boxes, labels, scores by falling score (ties: lower label), at most `limit`.
     """
     if argmax:
         objects = probability.argmax(1) < classes
