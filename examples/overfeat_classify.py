@@ -35,9 +35,9 @@ from tinydet.summary import summary
 # independently; with --steps the rate falls at the same shares of them. Weights decay, biases do not (CHOICE).
 PRESETS = {"paper": {"table": "accurate", "width": 1.0, "init": 0.01, "dropout": 0.5, "short": 256, "batch": 128, "lr": 5e-2, "momentum": 0.6,
                      "weight_decay": 1e-5, "epochs": 90, "halve_after": [30, 50, 60, 70, 80]}}
-FOUR, SIX = (0, 1, 3, 5), range(6)                                  # scales of Table 2 (notes, sec. 7); 0 is the paper's first
+FOUR, SIX = (1, 2, 4, 6), range(1, 7)                               # scales of Table 2 (notes, sec. 7), numbered from 1 as there
 MAIN = "6-fine"
-VARIANTS = {"1-coarse": ((0,), False, True), "1-fine": ((0,), True, True), "4-coarse": (FOUR, False, True), "4-fine": (FOUR, True, True),
+VARIANTS = {"1-coarse": ((1,), False, True), "1-fine": ((1,), True, True), "4-coarse": (FOUR, False, True), "4-fine": (FOUR, True, True),
             "6-coarse": (SIX, False, True), MAIN: (SIX, True, True), "6-fine-logits": (SIX, True, False)}      # scales, fine, probabilities
 ERRORS = {"top1_error": 1, "top5_error": 5}
 MEASURED = 300                      # images of the evaluation set, evenly from all of it, that points of the curve look at
@@ -109,7 +109,7 @@ def answers(net, image, short):
     both, found = {False: scores, True: [softmax_loss.softmax(F) for F in scores]}, {}
     for name, (scales, fine, probabilities) in VARIANTS.items():
         stride = 1 if fine else net.table.pool                      # coarse: what offset (0, 0) has
-        found[name] = overfeat.vote([both[probabilities][s + mirrored][::stride, ::stride] for mirrored in (0, len(views)) for s in scales])
+        found[name] = overfeat.vote([both[probabilities][s - 1 + mirrored][::stride, ::stride] for mirrored in (0, len(views)) for s in scales])
     return {**found, "ten-views": overfeat.classify_ten(net, image, short)}
 
 

@@ -7,6 +7,7 @@
 
 Everything goes to runs/<name>/: config.json, metrics.jsonl, checkpoint.npz, weights.npz (classifier and regressor), results.json,
 curve.json, wrong.json (per evaluation image: 1 if wrong), wrong_<variant>.json and pictures; boxes.png shows what merging does.
+The variants are VARIANTS: the centre window alone, fewer scales, coarse stride, the literal mean, no merging, the true class given.
 A run that was stopped goes on with --resume.
 """
 import argparse
@@ -28,6 +29,7 @@ from tinydet.summary import summary
 
 SIX = (1, 2, 3, 4, 5, 6)
 MAIN = "fine", SIX, {}                                              # windows, scales, options of guesses
+# CHOICE: which scales "2" and "3" are (the paper says how many), exact means when merging ("mean": the paper's words)
 VARIANTS = {"centre": ("centre", (1,), {}), "1": ("fine", (1,), {}), "2": ("fine", (1, 4), {}), "3": ("fine", (1, 2, 4), {}),
             "4": ("fine", (1, 2, 4, 6), {}), "coarse": ("coarse", SIX, {}), "mean": ("fine", SIX, {"mode": "mean"}),
             "none": ("fine", SIX, {"merging": "none"}), "true-class": MAIN}
@@ -56,7 +58,7 @@ def arguments(argv=None):
     a("--flip", action="store_true", help="evaluate on the mirrored images, too")
     a("--match", choices=merge.MATCHES, default="dissimilarity", help="how well two boxes match (%(default)s)")
     a("--threshold", type=float, default=0.5, help="boxes that match up to this merge (%(default)s)")
-    a("--least-probability", type=float, default=0.02, metavar="P", help="windows less sure of a class do not merge there (%(default)s)")
+    a("--least-probability", type=float, default=0.02, metavar="P", help="windows less sure of a class do not merge there (%(default)s, CHOICE: to save time; 0: all)")
     a("--measure-every", type=common.count, metavar="STEPS", help="error at two scales on 200 images (default: a fifth of the steps)")
     args = parser.parse_args(argv)
     args.measure_every = args.measure_every or -(-args.steps // 5)
@@ -91,14 +93,15 @@ def read(args):
     return *([dataclasses.replace(e, source=e.image()) if callable(e.source) else e for e in examples] for examples in sets), net
 
 
-def views_of(net, image, kind, scales, flip, seconds=collections.Counter()):
+def views_of(net, image, kind, scales, flip, seconds=None):
     """Per scale what the windows see, a list of one view or, with flip, two. kind: "fine", "coarse" or "centre"."""
     seen = {}
     for scale in scales:
         start = time.perf_counter()
         seen[scale] = [overfeat_localize.look(net, image, net.table.sizes[scale - 1], mirrored, kind == "fine", kind == "centre")
                        for mirrored in (False, True)[:1 + flip]]
-        seconds[kind, scale] += time.perf_counter() - start
+        if seconds is not None:
+            seconds[kind, scale] += time.perf_counter() - start
     return seen
 
 

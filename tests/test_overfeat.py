@@ -258,6 +258,34 @@ def test_gradient_of_all_parameters_at_fine_stride(backend):
         assert all(to_numpy(g).any() for g in net.grads.values())
 
 
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
+@pytest.mark.parametrize("p, k", [(p, k) for p in (2, 3) for k in (1, 2, 3)])
+def test_gradient_of_pool_and_heads_at_all_offsets(backend, p, k, monkeypatch):
+    """Maps of odd and even sides, so that offsets have unequal numbers of windows; the trunk is one 1x1 convolution."""
+    monkeypatch.setitem(TABLES, "pool and head", Table((("conv1", 2, 1, 1, 0, p),), k, (("fc2", 2),), (("fc1", 2),)))
+    net, x = make("pool and head", 2, dropout=0.0), images(p * k + p, p * k + 1, 1)
+    with use(backend) as put:
+        forward, backward, params = with_parameters(net, put(x), train=True, offset=None)
+        check_grad(forward, backward, [p.copy() for p in params], put=put)
+    assert all(g.any() for g in net.grads.values())
+
+
+@pytest.mark.parametrize("dtype, limit", [(np.float64, 1e-10), (np.float32, 1e-4)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_all_backends_have_one_map(backend, dtype, limit):
+    x, maps = images(41, 37, 2).astype(dtype), []
+    for name in ("numpy", backend):
+        net = OverFeat(make("padded").spec, np.random.default_rng(0), dtype)
+        for key, array in make("padded").arrays().items():
+            net.arrays()[key][...] = array
+        with use(name) as put:
+            net.to(put)
+            maps.append([to_numpy(F) for F in (*net.dense(put(x)), *net.forward(put(x), offset=(1, 2))[:2])])
+    for a, b in zip(*maps):
+        assert a.dtype == b.dtype == dtype and np.abs(a).max() > 1e-3
+        assert_allclose(b, a, rtol=limit, atol=limit * np.abs(a).max())
+
+
 @pytest.mark.parametrize("table", ["padded", "pool2"])
 def test_the_fine_gradient_is_the_sum_over_the_offsets(table):
     net = make(table)

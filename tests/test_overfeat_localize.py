@@ -264,6 +264,15 @@ def test_the_box_comes_back_from_all_scales_and_flips_and_confidence_adds_up(mod
 WORKED = np.array([[10.0, 10, 50, 50], [14, 10, 54, 50], [12, 14, 52, 54], [100, 100, 140, 140]])
 
 
+def test_localize_may_keep_the_aspect():
+    net, image = make(), picture(40, 90)
+    sizes, merging = net.table.sizes[:2], {"mode": "count"}
+    seen = [localization.look(net, image, size, keep_aspect=True) for size in sizes]
+    assert len(seen[0][0]) > len(localization.look(net, image, sizes[0])[0])            # a long view has more windows
+    for a, b in zip(localization.localize(net, image, sizes, keep_aspect=True, **merging), localization.guesses(seen, **merging)):
+        assert_array_equal(a, b)
+
+
 def test_worked_merge_and_the_surest_window():
     p = np.array([[0.5, 0.3, 0.2], [0.4, 0.3, 0.3], [0.6, 0.2, 0.2], [0.3, 0.6, 0.1]])
     views = [(WORKED[:2, None], p[:2]), (WORKED[2:, None], p[2:])]
