@@ -134,6 +134,16 @@ def keep_point(run, point):
     return curve
 
 
+def keep_wrong(run, variant, wrong):
+    """Keep which images are wrong: wrong.json in the run folder, or wrong_<variant>.json, 0 or 1 an image by error.
+
+    wrong: {error: evaluate_classification.ErrorRate}. Returns {error: share of the images}.
+    """
+    files.write(run.folder / (f"wrong_{variant}.json" if variant else "wrong.json"),
+                json.dumps({error: rate.wrong.astype(int).tolist() for error, rate in wrong.items()}) + "\n")
+    return {error: rate.error for error, rate in wrong.items()}
+
+
 def finish(run, args, detections, examples, classes, losses, save, **more):
     """Evaluate the detections, write weights, detections and figures into the run folder, draw, and print the tables.
 

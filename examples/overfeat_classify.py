@@ -201,10 +201,7 @@ def main(args, put):
 
     said, also = evaluate(net, held_out, args.short, others), {}
     for name, numbers in said.items():
-        wrong = {error: top_k_error(numbers, true, k) for error, k in ERRORS.items()}
-        also[name] = {error: rate.error for error, rate in wrong.items()}
-        files.write(run.folder / ("wrong.json" if name == MAIN else f"wrong_{name}.json"),
-                    json.dumps({error: rate.wrong.astype(int).tolist() for error, rate in wrong.items()}) + "\n")
+        also[name] = common.keep_wrong(run, "" if name == MAIN else name, {error: top_k_error(numbers, true, k) for error, k in ERRORS.items()})
         print(f"{name:14}", "   ".join(f"{error} {100 * value:5.1f} %" for error, value in also[name].items()))
     draw.save(maps_sheet(net, held_out, true, said[MAIN], classes), run.folder / "maps.png")
     first, second = [to_numpy(w) for name, w in net.parts["trunk"].params.items() if name.endswith(".w")][:2]

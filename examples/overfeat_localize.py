@@ -230,10 +230,7 @@ def main(args, put):
     figures = {}
     print(f"{'':12}{'box in 5':>10}{'box in 1':>10}{'class in 1':>12}{'class in 5':>12}{'ms/image':>10}   share of images that are wrong")
     for name, guesses in found.items():
-        errors = wrong(guesses, held_out)
-        files.write(run.folder / (f"wrong_{name}.json" if name else "wrong.json"),
-                    json.dumps({k: e.wrong.astype(int).tolist() for k, e in errors.items()}))
-        figures[name] = {**{k: e.error for k, e in errors.items()}, "milliseconds": round(milliseconds[name], 2)}
+        figures[name] = {**common.keep_wrong(run, name, wrong(guesses, held_out)), "milliseconds": round(milliseconds[name], 2)}
         print("{:12}{:10.3f}{:10.3f}{:12.3f}{:12.3f}{:10.1f}".format(name or "six scales", *figures[name].values()))
     results = {"set": args.eval_set, **figures.pop(""), "merging": merging, "curve": curve, "also": figures,
                "seconds": None if args.resume else round(time.perf_counter() - start)}
