@@ -133,7 +133,7 @@ def test_the_log_is_that_of_the_settings(voc, trained, tmp_path, seed):
     held_out, _ = data.read_voc(voc, "val", classes)
     found = [overfeat_detect.detect(trained_net, e.image(), merging="merge", threshold=0.6) for e in held_out]
     results = evaluate.voc(found, held_out, classes)
-    assert settings == {"merging": "merge", "threshold": 0.6, "cut": {k: evaluate.best_threshold(r) for k, r in results.items()}}
+    assert settings == {"merging": "merge", "threshold": 0.6, "mode": "count", "cut": {k: evaluate.best_threshold(r) for k, r in results.items()}}
     told = json.loads((folder / "results.json").read_text())
     assert told["mean AP50"] == pytest.approx(evaluate.mean_ap(results), abs=1e-3)
 
