@@ -156,9 +156,17 @@ def finish(run, args, detections, examples, classes, losses, save, **more):
     draw.precision_recall(results, run.folder / "precision_recall.png", f"{args.name}: {args.eval_set}, IoU 0.5")
     draw.save(draw.detections_sheet(examples[:8], detections[:8], classes, cut), run.folder / "detections.png")
     draw.false_positives(mistakes.false_positives(detections, examples, classes), classes, run.folder / "false_positives")
-    files.write(run.folder / "results.json", json.dumps({"set": args.eval_set, **told, **more}, indent=1) + "\n")
-    print("\n".join(table), f"\npictures, weights and figures: {run.folder}")
+    print("\n".join(table))
+    keep_results(run, args, {**told, **more})
     return results
+
+
+def keep_results(run, args, figures):
+    """Write results.json into the run folder, the last file of a run: "set" and the figures. Says where all lies, returns what it wrote."""
+    found = {"set": args.eval_set, **figures}
+    files.write(run.folder / "results.json", json.dumps(found, indent=1) + "\n")
+    print(f"\npictures, weights and figures: {run.folder}")
+    return found
 
 
 def start(main, args):

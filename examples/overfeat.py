@@ -78,14 +78,13 @@ def main(args, put):
     mirrored = 0.0 if args.no_mirror else 0.5
     drawing = {"ratio": args.negatives, "offending": args.offending, "least": 8 if args.negatives else 0}
     combining = {"merging": args.merging, "threshold": args.threshold, "mode": args.mode}
-    below = tuple((side - spec.layers.window - spec.layers.jump * o) // spec.layers.step + 1 for o in range(spec.layers.pool))
 
     def prepare(i):
         rng = np.random.default_rng([args.seed, i])
         batch = rng.choice(len(examples), args.batch, replace=len(examples) < args.batch)
         images, targets, *pairs = zip(*(overfeat_detect.training_view(spec, examples[j], rng, side, args.near_object, mirrored) for j in batch))
         offset = tuple(rng.integers(spec.layers.pool, size=2))      # one offset of the last pooling a step: coarse stride
-        coarser = overfeat_detect.coarser(spec, pairs[0], *(below[o] for o in offset), offset) if args.context else None
+        coarser = overfeat_detect.coarser(spec, pairs[0], offset) if args.context else None
         return net.normalise(np.stack(images)), coarser and (net.normalise(coarser[0]), *coarser[1:]), targets, offset, rng
 
     def step(i, prepared):
@@ -97,10 +96,12 @@ def main(args, put):
         net.backward(dscores, dedges, cache)
         return values
 
-    def measure(i, **other):
-        detections = [overfeat_detect.detect(net, e.image(), **(other or combining)) for e in
-                      train.progress(held_out, desc="evaluate", unit="image")]
-        return detections, [] if other else common.measure(run, i, detections, held_out, classes)
+    def detect(**how):
+        return [overfeat_detect.detect(net, e.image(), **how) for e in train.progress(held_out, desc="evaluate", unit="image")]
+
+    def measure(i):
+        detections = detect(**combining)
+        return detections, common.measure(run, i, detections, held_out, classes)
 
     optimizer = optim.SGD(net, momentum=0.9, weight_decay=1e-4)
     train.fit(run, net, optimizer, optim.cosine_schedule(args.lr, args.steps, args.steps // 20), args.steps, step,
@@ -110,7 +111,7 @@ def main(args, put):
     draw.measurements(curve, ("mean AP50",), run.folder / "curve.png")
     more = {**combining, "curve": curve, "seconds": None if args.resume else round(time.perf_counter() - start)}
     if args.also_nms:
-        found, _ = measure(args.steps, merging="nms", threshold=THRESHOLDS["nms"])
+        found = detect(merging="nms", threshold=THRESHOLDS["nms"])
         files.write(run.folder / "detections_nms.json", json.dumps(common.records(found, held_out, classes)))
         more["also"] = {"nms": common.figures(found, held_out, classes)[2]}
     return common.finish(run, args, detections, held_out, classes, ("loss", "class_loss", "box_loss"),

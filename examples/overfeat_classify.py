@@ -16,7 +16,6 @@ filters.png                         of the first layer in colour; of the second 
 A run that was stopped goes on with --resume.
 """
 import argparse
-import json
 import math
 import time
 from pathlib import Path
@@ -24,8 +23,8 @@ from pathlib import Path
 import common                                                       # before numpy, as tinydet: sets how BLAS threads wait
 import numpy as np
 
-from tinydet import augment, draw, files, optim, train
-from tinydet.backend import put, to_numpy
+from tinydet import augment, draw, optim, train
+from tinydet.backend import to_numpy
 from tinydet.evaluate_classification import top_k_error
 from tinydet.models import overfeat
 from tinydet.ops import softmax_loss
@@ -91,21 +90,16 @@ def committee_of(args, classes):
     """The nets of --committee. Raises ValueError for a file whose net has other classes."""
     nets = [overfeat.load(path)[0] for path in args.committee]
     for path, net in zip(args.committee, nets):
-        if tuple(net.spec.classes) != tuple(classes) or (net.spec.background or net.spec.scales):
+        if tuple(net.spec.classes) != tuple(classes) or net.spec.detector:
             raise ValueError(f"--committee: {path} must be a classifier of {', '.join(classes)}, got {', '.join(net.spec.classes)}"
-                             + ", as a detector" * bool(net.spec.background or net.spec.scales))
+                             + ", as a detector" * net.spec.detector)
     return nets
-
-
-def class_map(net, view):
-    """The classifier's scores at every window of one view, uint8 (H, W, 3): float64 (h, w, K)."""
-    return to_numpy(net.dense(put(net.normalise(view[None])), heads=("classifier",))[0])[0].astype(np.float64)
 
 
 def answers(net, image, short):
     """(K,) numbers for each of VARIANTS and "ten-views": those of overfeat.classify and classify_ten, but each map is made once."""
     views = [overfeat.resize_to(net.table, image, size) for size in net.table.sizes]
-    scores = [class_map(net, view) for view in views + [view[:, ::-1] for view in views]]
+    scores = [overfeat.class_maps(net, view[None], probabilities=False)[0] for view in views + [view[:, ::-1] for view in views]]
     both, found = {False: scores, True: [softmax_loss.softmax(F) for F in scores]}, {}
     for name, (scales, fine, probabilities) in VARIANTS.items():
         stride = 1 if fine else net.table.pool                      # coarse: what offset (0, 0) has
@@ -135,7 +129,7 @@ def maps_sheet(net, examples, labels, p, classes, most=8):
         image, jump, first = examples[i].image(), net.table.jump, (net.table.window - net.table.jump) / 2
         view = overfeat.resize_to(net.table, image, size)
         down, across = np.divide(image.shape[:2], view.shape[:2])
-        F = softmax_loss.softmax(class_map(net, view))
+        F = overfeat.class_maps(net, view[None])[0]
         h, w = F.shape[:2]
         box = first * across, first * down, (first + jump * w) * across, (first + jump * h) * down     # around the windows' centres
         other = int(np.argsort(-np.where(np.arange(len(classes)) == labels[i], -np.inf, p[i]), kind="stable")[0])
@@ -208,11 +202,8 @@ def main(args, put):
     pictures = draw.filters(first), draw.filters(second)
     captions = [f"{kind} layer, filters {w.shape}" for kind, w in (("first", first), ("second", second))]
     draw.save(draw.sheet(pictures, 1, captions), run.folder / "filters.png")
-    results = {"set": args.eval_set, "images": len(held_out), **also.pop(MAIN), "also": also, "curve": curve,
-               "seconds": None if args.resume else round(time.perf_counter() - start)}
-    files.write(run.folder / "results.json", json.dumps(results, indent=1) + "\n")
-    print(f"pictures, weights and figures: {run.folder}")
-    return results
+    return common.keep_results(run, args, {"images": len(held_out), **also.pop(MAIN), "also": also, "curve": curve,
+                                           "seconds": None if args.resume else round(time.perf_counter() - start)})
 
 
 if __name__ == "__main__":

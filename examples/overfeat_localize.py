@@ -13,7 +13,6 @@ A run that was stopped goes on with --resume.
 import argparse
 import collections
 import dataclasses
-import json
 import math
 import time
 from pathlib import Path
@@ -22,7 +21,7 @@ import common                                                       # before num
 import numpy as np
 from PIL import Image, ImageDraw
 
-from tinydet import augment, draw, evaluate_classification, files, optim, train
+from tinydet import augment, draw, evaluate_classification, optim, train
 from tinydet.models import overfeat, overfeat_localize
 from tinydet.ops import merge, softmax_loss
 from tinydet.summary import summary
@@ -81,7 +80,7 @@ def read(args):
     if classifier.spec.classes != tuple(classes):
         raise ValueError(f"overfeat_localize: the classes of {path} must be those of the data, {', '.join(classes)}, got "
                          f"{', '.join(classifier.spec.classes)}")
-    if classifier.spec.background or classifier.spec.context or classifier.spec.scales:
+    if classifier.spec.detector:
         raise ValueError(f"overfeat_localize: {path} must hold a classifier, got a detector")
     for e in (e for examples in sets for e in examples if not len(e.usable()[0])):
         raise ValueError(f"overfeat_localize: every image must have a box that is not difficult, got none in {e.name}")
@@ -232,11 +231,8 @@ def main(args, put):
     for name, guesses in found.items():
         figures[name] = {**common.keep_wrong(run, name, wrong(guesses, held_out)), "milliseconds": round(milliseconds[name], 2)}
         print("{:12}{:10.3f}{:10.3f}{:12.3f}{:12.3f}{:10.1f}".format(name or "six scales", *figures[name].values()))
-    results = {"set": args.eval_set, **figures.pop(""), "merging": merging, "curve": curve, "also": figures,
-               "seconds": None if args.resume else round(time.perf_counter() - start)}
-    files.write(run.folder / "results.json", json.dumps(results, indent=1) + "\n")
-    print(f"pictures, weights and figures: {run.folder}")
-    return results
+    return common.keep_results(run, args, {**figures.pop(""), "merging": merging, "curve": curve, "also": figures,
+                                           "seconds": None if args.resume else round(time.perf_counter() - start)})
 
 
 if __name__ == "__main__":

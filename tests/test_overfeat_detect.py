@@ -168,7 +168,9 @@ def contextual(table="small", **more):
 
 def matrices(net, h, w, offset, shape=(2, 32, 32)):
     images = [np.zeros((*shape[1:], 3), np.uint8)] * shape[0]
-    return overfeat_detect.coarser(net.spec, [(image, 2.0) for image in images], h, w, offset)[1:]
+    down, across = overfeat_detect.coarser(net.spec, [(image, 2.0) for image in images], offset)[1:]
+    assert (down.shape[1], across.shape[1]) == (h, w)
+    return down, across
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -284,7 +286,7 @@ def test_each_window_looks_at_the_coarser_one_of_nearest_centre(times, oy, ox):
     net = small_net(context=True)
     image = np.zeros((60, 60, 3), np.uint8)
     h, w = (len(range(o, 60 // 4 - 4 + 1, 2)) for o in (oy, ox))
-    images, down, across = overfeat_detect.coarser(net.spec, [(image, times), (image, 0)], h, w, (oy, ox))
+    images, down, across = overfeat_detect.coarser(net.spec, [(image, times), (image, 0)], (oy, ox))
     assert images.shape == (2, 60, 60, 3) and down.shape == (2, h, 12) and across.shape == (2, w, 12) and not down[1].any() and not across[1].any()
     for matrix, o in ((down[0], oy), (across[0], ox)):
         for i, row in enumerate(matrix):

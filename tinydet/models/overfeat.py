@@ -262,6 +262,11 @@ class Spec:
         return len(self.classes) + self.background
 
     @property
+    def detector(self):
+        """Whether this is a detector's, not a classifier's."""
+        return bool(self.background or self.context or self.scales)
+
+    @property
     def fill(self):
         """Grey value that stands for "nothing": what lies outside an image."""
         return int(self.mean + 0.5)
@@ -514,12 +519,12 @@ def classify(net, image, sizes=None, flip=True, fine=True, probabilities=True, k
     """
     views = [resize_to(net.table, image, size, keep_aspect) for size in (net.table.sizes if sizes is None else sizes)]
     views += [view[:, ::-1] for view in views] * flip
-    return vote([_answers(net, view[None], probabilities, fine)[0] for view in views])
+    return vote([class_maps(net, view[None], probabilities, fine)[0] for view in views])
 
 
 def classify_ten(net, image, short=256, probabilities=True):
     """As classify, from ten_views: the mean over the views."""
-    return vote(list(_answers(net, ten_views(net.table, image, short), probabilities, False)))
+    return vote(list(class_maps(net, ten_views(net.table, image, short), probabilities, False)))
 
 
 def committee(nets, image, **how):
@@ -527,8 +532,8 @@ def committee(nets, image, **how):
     return np.mean([classify(net, image, **how) for net in nets], 0)
 
 
-def _answers(net, images, probabilities, fine):
-    """The classifier's maps (N, h, w, K), float64 on the host."""
+def class_maps(net, images, probabilities=True, fine=True):
+    """The classifier's maps of uint8 images (N, H, W, 3): (N, h, w, K), float64 on the host. Options: see classify."""
     x, heads = put(net.normalise(images)), ("classifier",)
     scores = to_numpy(net.dense(x, heads=heads)[0] if fine else net.forward(x, heads=heads)[0]).astype(np.float64)
     return softmax_loss.softmax(scores) if probabilities else scores

@@ -188,19 +188,20 @@ def training_view(spec, example, rng, size, near_object=0.8, mirrored=0.5):
     return image, (boxes, labels, inside), *((other, 0 if last else times) for other in wider)
 
 
-def coarser(spec, pairs, h, w, offset=None):
+def coarser(spec, pairs, offset=None):
     """What OverFeat.forward takes as `coarser`, apart from the images' normalisation, for square crops.
 
-    pairs: for each image what training_view gives third; h, w: size of the outputs at `offset`. Returns images uint8 (N, size, size, 3),
+    pairs: for each image what training_view gives third; offset: of the outputs, as in forward. Returns images uint8 (N, size, size, 3),
     down (N, h, h2) and across (N, w, w2) float32. A window looks at that of nearest centre (CHOICE; ties: the lower), in a coarser crop
     around the same centre.
     """
     images, times = zip(*pairs)
-    size, n2 = len(images[0]), overfeat.outputs(spec.layers, *images[0].shape[:2]).fine[0]
-    grid = overfeat.windows(spec.layers, h, w, offset).reshape(h, w, 4)
-    centres = (grid[:, 0, 1] + grid[:, 0, 3]) / 2, (grid[0, :, 0] + grid[0, :, 2]) / 2
-    found = [np.stack([_looks_at(spec.layers, size / 2 + (c - size / 2) / t, n2) if t else np.zeros((len(c), n2), np.float32) for t in times])
-             for c in centres]
+    table, size = spec.layers, len(images[0])
+    fine = overfeat.outputs(table, size, size).fine[0]
+    centres = np.arange(fine) * table.jump + table.window / 2
+    axes = [centres, centres] if offset is None else [centres[o::table.pool] for o in offset]
+    found = [np.stack([_looks_at(table, size / 2 + (c - size / 2) / t, fine) if t else np.zeros((len(c), fine), np.float32) for t in times])
+             for c in axes]
     return np.stack(images), *found
 
 
