@@ -1,15 +1,18 @@
-"""Errors of whole images as ILSVRC counts them: classification (top k) and localization (OverFeat, sec. 3.3 and 4.3).
+"""Figures of whole images: errors as ILSVRC counts them (OverFeat, sec. 3.3 and 4.3), AP as PASCAL VOC does (Oquab et al.).
 
-Each function returns an ErrorRate, image by image, so that two detectors can be compared on the same images.
+Errors, top k and localization: each function returns an ErrorRate, image by image, so that two detectors can be compared on the same
+images. AP, for images that may hold several classes or none: classification_ap ranks the images by class; location_ap also asks of each
+image for one point on an object of the class. Labels of images by class, presence(): 1 there, 0 not there, -1 left out.
 """
 import dataclasses
 
 import numpy as np
 
-from tinydet import checks
+from tinydet import checks, evaluate
 from tinydet.ops import boxes as box_ops
 
-__all__ = ["ErrorRate", "classification_error", "localization_error", "top_k_error"]
+__all__ = ["ErrorRate", "classification_ap", "classification_error", "localization_error", "location_ap", "location_hits", "presence",
+           "top_k_error"]
 
 
 @dataclasses.dataclass
@@ -80,3 +83,95 @@ def _images(op, guesses, examples, k):
         if not counts.any():
             raise ValueError(f"{op}: each image must have an object that is not difficult, got none in image {i}, {example.name!r}")
         yield boxes[:k], example.boxes[counts], labels[:k, None] == example.labels[counts]
+
+
+# AP of images
+
+def presence(examples, K):
+    """Which of K classes each image holds, (N, K) int64: 1 there, 0 not there, -1 only as difficult objects (oquab notes, sec. 6).
+
+    examples: the tinydet.data.Example. Tags count as there, beside what the boxes say. An image whose only objects of a class are
+    difficult is left out for that class. Raises TypeError if K is no integer; ValueError for K < 1, a label or tag outside 0..K-1.
+    """
+    op = "evaluate_classification.presence"
+    checks.whole(op, 1, K=K)
+    found = np.zeros((len(examples), K), np.int64)
+    for row, e in zip(found, examples):
+        tags = np.zeros(0, np.int64) if e.tags is None else np.asarray(e.tags, np.int64)
+        every = np.concatenate([e.labels, tags])
+        if len(every) and not (every.min() >= 0 and every.max() < K):
+            raise ValueError(f"{op}: labels of {e.name!r} must lie in 0..{K - 1}, got {every.min()}..{every.max()}")
+        row[e.labels] = -1
+        row[e.usable()[1]] = row[tags] = 1
+    return found
+
+
+def classification_ap(scores, labels, classes, eleven_point=False):
+    """AP of the images ranked by each class's score, as VOC's classification task (oquab notes, sec. 6): {class: evaluate.ClassResult}.
+
+    Best score first (ties: order of images): recall = positives so far / positives, precision = positives so far / images so far, both
+    into evaluate.average_precision; eleven_point (VOC 2007) as there. evaluate.mean_ap() averages the classes that have positives.
+    scores: (N, K) float32 or float64, any scale; labels: (N, K) integers 1 positive, 0 negative, -1 left out; classes: K names.
+    A class without positives has AP NaN. Raises TypeError for a dtype; ValueError for a shape, NaN or infinity, another label.
+    """
+    return _ap("evaluate_classification.classification_ap", scores, None, labels, classes, eleven_point)
+
+
+def location_hits(points, examples, tolerance=18.0):
+    """Whether the one point of each image and class lies on an object of that class (oquab notes, sec. 4.6), (N, K) bool.
+
+    hit = x1 - tolerance <= x <= x2 + tolerance and the same of y, for a box of the class: the border counts.
+    points: (N, K, 2) float32 or float64, (x, y) in pixels of the image; examples: the N tinydet.data.Example; tolerance: pixels of the
+    image, on each side of a box (18, about half of the full-size network's stride, is unverified). Difficult objects are objects (CHOICE: the
+    point is on one; location_ap leaves out the images that hold no other).
+    Raises TypeError for a dtype; ValueError for a shape, NaN or infinity, a negative tolerance, a list of another length.
+    """
+    op = "evaluate_classification.location_hits"
+    checks.float_array(op, "points", points, "(N, K, 2)")
+    checks.finite(op, points=points)
+    if len(points) != len(examples):
+        raise ValueError(f"{op}: there must be points for each image, got {len(points)} for {len(examples)} images")
+    if not 0 <= tolerance < np.inf:
+        raise ValueError(f"{op}: tolerance must be a number of pixels, at least 0, got {tolerance}")
+    hits = np.zeros(points.shape[:2], bool)
+    for row, at, e in zip(hits, points.astype(np.float64), examples):
+        inside = ((at[:, None] >= e.boxes[:, :2] - tolerance) & (at[:, None] <= e.boxes[:, 2:] + tolerance)).all(2)         # (K, R)
+        row[:] = (inside & (np.arange(len(row))[:, None] == e.labels)).any(1)
+    return hits
+
+
+def location_ap(scores, hits, labels, classes, eleven_point=False):
+    """AP of one point an image and class (oquab notes, sec. 4.6; unverified): classification_ap in which a wrong place is wrong.
+
+    True positive: label 1 and a hit; any other counted image is a false positive, and one that holds the class is missed as well:
+    recall = true positives / images with label 1. Never above classification_ap of the same scores.
+    hits: (N, K) bool, of location_hits(); the rest, ties and errors as classification_ap; TypeError unless hits are bool.
+    """
+    op = "evaluate_classification.location_ap"
+    checks.array(op, "hits", hits)
+    if hits.dtype != bool:
+        raise TypeError(f"{op}: hits must be bool, got {hits.dtype}")
+    return _ap(op, scores, hits, labels, classes, eleven_point)
+
+
+def _ap(op, scores, hits, labels, classes, eleven_point):
+    """{class: ClassResult}; hits: (N, K) bool, or None: all positives are found."""
+    checks.float_array(op, "scores", scores, "(N, K)")
+    checks.finite(op, scores=scores)
+    checks.ternary(op, labels, scores.shape)
+    right = labels == 1
+    if hits is not None:
+        checks.same_shape(op, scores.shape, hits=hits)
+        right = right & hits
+    if len(classes) != scores.shape[1]:
+        raise ValueError(f"{op}: there must be a class for each of the {scores.shape[1]} columns of scores, got {len(classes)}")
+    results = {}
+    for k, name in enumerate(classes):
+        order = np.argsort(-scores[:, k], kind="stable")
+        order = order[labels[order, k] >= 0]
+        positives, tp = int((labels[:, k] == 1).sum()), np.cumsum(right[order, k])
+        precision = tp / np.arange(1, len(tp) + 1)
+        recall = tp / positives if positives else np.zeros(len(tp))
+        ap = evaluate.average_precision(recall, precision, eleven_point) if positives else float("nan")
+        results[name] = evaluate.ClassResult(ap, positives, precision, recall, scores[order, k])
+    return results
