@@ -25,7 +25,11 @@ RUNS/<run>/weights.npz. A run starts when those that it needs are done.
 
 A run without detections has no AP50, but shares of wrong images such as results["top1_error"] and results["also"][variant]["top1_error"];
 their names end in "_error". wrong.json and wrong_<variant>.json may hold what each image adds: {"top1_error": [1, 0, null, ...]}, 1 if
-it is wrong, null if it does not count; the images are the same in all runs on a data set.
+it is wrong, null if it does not count; the images are the same in all runs on a data set. Average precision of its images, with a name
+in "_ap" such as results["class_ap"], is told by ranking.json and ranking_<variant>.json: {"class_ap": {class: {"scores": [0.9, ...],
+"hits": [1, 0, null, ...], "positive": [1, 0, ...]}}}, an entry an image. positive: 1 if the image holds the class; hits: 1 if it does
+and is found, 0 if the image is a false positive, null if it does not count for the class. results.json holds the mean over the classes
+with positives. Equal scores rank in the order of the images.
 
 Everything goes to <out>/<paper> (--quick: <paper>-quick): <run>/, <run>.json (its arguments), <run>.log, claims.json,
 curves_<data set>.png, and <key>_<data set>.png for each of CURVES.
@@ -67,8 +71,9 @@ class Claim:
 
     text, paper: what is claimed, and the paper's figures, as the table shows them. better, worse, a, b: "arm" or "arm@variant".
     metric: "AP50", the mean over the classes, or a path into results.json such as "curve.-1.all_loss" or "top1_error". The interval:
-    bootstrap over images and seeds for AP50 and for what wrong.json of every run in the claim holds, else Student's t. Where data names
-    a benchmark of BENCH in place of a data set, better and worse are paths into its JSON, to a number or to a list, one a turn.
+    bootstrap over images and seeds for AP50 and for what wrong.json or ranking.json of every run in the claim holds, else Student's t.
+    Where data names a benchmark of BENCH in place of a data set, better and worse are paths into its JSON, to a number or to a list,
+    one a turn.
     That something has no effect is claimed against something that has one, with `than`.
     """
 
@@ -317,7 +322,8 @@ class Ranking:
     """The detections of one class down to the last true positive, best first, as evaluate.voc ranks them.
 
     found: image of each true positive; wrong: image of each false positive; before: how many false positives precede each true
-    positive; objects: (images,) objects that count.
+    positive; objects: (images,) objects that count. Where images are ranked, and not detections, an image is one detection, and one object
+    if it holds the class.
     """
 
     found: np.ndarray
@@ -352,13 +358,17 @@ def rankings(detections, examples, classes):
             scores.append(s[mine])
             images.append(np.full(len(mine), i))
             objects.append(int((true & ~example.difficult).sum()))
-        hits, scores, images = map(np.concatenate, (hits, scores, images))
-        order = np.argsort(-scores, kind="stable")
-        hits, images = hits[order], images[order]
-        at = np.flatnonzero(hits == 1)
-        before = np.cumsum(hits == 0)[at]
-        found.append(Ranking(images[at], images[hits == 0][:before.max(initial=0)], before, np.array(objects, np.int64)))
+        found.append(ranking(*map(np.concatenate, (hits, scores, images)), np.array(objects, np.int64)))
     return found
+
+
+def ranking(hits, scores, images, objects):
+    """The Ranking of detections in the order in which ties go: hits 1 right, 0 wrong, any other does not count; images: where each is."""
+    order = np.argsort(-scores, kind="stable")
+    hits, images = hits[order], images[order]
+    at = np.flatnonzero(hits == 1)
+    before = np.cumsum(hits == 0)[at]
+    return Ranking(images[at], images[hits == 0][:before.max(initial=0)], before, objects)
 
 
 def mean_ap(ranked, weights):
@@ -421,7 +431,7 @@ def resampled(args, claims, runs, done):
     return found
 
 
-# Errors of an image set in which an image may occur several times
+# Errors of an image set in which an image may occur several times, and AP of its images
 
 def wrong_of(job, arm, metric):
     """What each image adds to a metric, (images,) float64: 1, 0, or NaN where it does not count. None if the run does not tell.
@@ -444,23 +454,58 @@ def wrong_of(job, arm, metric):
     return wrong
 
 
-def resampled_wrong(args, claims, runs, done):
-    """As resampled, for the other metrics of claims, of the runs that tell what each image adds: means over the images that count.
+def rankings_of(job, arm, metric):
+    """The Ranking of the images for each class, {class: Ranking}. None if the run does not tell.
 
-    NaN where none of a set counts. Raises ValueError if the runs tell of different numbers of images, or of different sets.
+    Raises ValueError naming the file if it is not as described above, or does not give the number in results.json.
+    """
+    variant = arm.partition("@")[2]
+    path = job.folder / (f"ranking_{variant}.json" if variant else "ranking.json")
+    classes = files.read_json(path) if path.exists() else {}
+    if not isinstance(classes, dict) or metric not in classes:
+        return None
+    classes = classes[metric]
+    try:
+        columns = np.array([[lists[key] for key in ("scores", "hits", "positive")] for lists in classes.values()], float)       # None: NaN
+        scores, hits, positive = columns.transpose(1, 0, 2)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ValueError(f"claims: {path} must hold lists of scores, hits and positive of each class at {metric}, an entry an image") from None
+    fits = np.isfinite(scores) & ((positive == 1) & np.isin(hits, (0, 1)) | (positive == 0) & ((hits == 0) | np.isnan(hits)))
+    for k, i in np.argwhere(~fits)[:1]:
+        raise ValueError(f"claims: {path} must hold a finite score, and hits and positive 1 1, 0 1, 0 0 or null 0, at {metric}, got "
+                         f"{columns[k, :, i].tolist()} for image {i} and {list(classes)[k]!r}")
+    found = {name: ranking(h, s, np.arange(len(s)), p.astype(np.int64)) for name, s, h, p in zip(classes, scores, hits, positive)}
+    told, got = number(job, arm, metric), mean_ap(found.values(), np.ones(scores.shape[1], np.int64))
+    if not abs(told - got) < 1e-9:
+        raise ValueError(f"claims: {path} must give the {metric} in results.json, {told}, got {got}")
+    return found
+
+
+def resampled_images(args, claims, runs, done):
+    """As resampled, for the other metrics of claims, of the runs that tell of each image: means over the images that count, and AP ("_ap").
+
+    NaN where none of a set counts, or none is positive. Raises ValueError if the runs tell of different numbers of images, of different
+    sets or, by one AP, of different classes or positives.
     """
     wanted = dict.fromkeys((c.data, c.metric, arm, seed) for c in claims if c.metric != "AP50" for seed in args.seeds
                            for arm in c.signs if (c.data, arm.partition("@")[0], seed) in done)
-    lists, first, found = {}, {}, {}
+    lists, ranked, first, truths, found = {}, {}, {}, {}, {}
     for name, metric, arm, seed in wanted:
         job = runs[name, arm.partition("@")[0], seed]
-        wrong = wrong_of(job, arm, metric)
-        if wrong is not None:
-            lists.setdefault(name, {})[metric, arm, seed] = wrong
-            which = f"{len(wrong)} images of {results_of(job)['set']}"
-            if which != first.setdefault(name, which):
-                raise ValueError(f"claims: {metric} of {arm} in {job.folder} must tell of {first[name]}, as the other runs on {name}, "
-                                 f"got {which}")
+        told = (rankings_of if is_ap(metric) else wrong_of)(job, arm, metric)
+        if told is None:
+            continue
+        which = f"{len(next(iter(told.values())).objects if is_ap(metric) else told)} images of {results_of(job)['set']}"
+        if which != first.setdefault(name, which):
+            raise ValueError(f"claims: {metric} of {arm} in {job.folder} must tell of {first[name]}, as the other runs on {name}, "
+                             f"got {which}")
+        if not is_ap(metric):
+            lists.setdefault(name, {})[metric, arm, seed] = told
+            continue
+        ranked[name, metric, arm, seed] = told
+        truth = [(k, r.objects.tolist()) for k, r in told.items()]
+        if truth != truths.setdefault((name, metric), truth):
+            raise ValueError(f"claims: {metric} of {arm} in {job.folder} must have the classes and positives of the other runs on {name}")
     for name, of in lists.items():
         wrong = np.stack(list(of.values()))
         counted = ~np.isnan(wrong)
@@ -468,6 +513,9 @@ def resampled_wrong(args, claims, runs, done):
         sums, numbers = np.split(np.array([both @ times for times in draws_of(wrong.shape[1])]).T, 2)
         means = np.divide(sums, numbers, out=np.full_like(sums, np.nan), where=numbers > 0)
         found.update({(name, *key): mean for key, mean in zip(of, means)})
+    for key, of in train.progress(list(ranked.items()), desc="bootstrap", unit="run", disable=not ranked):
+        images = len(next(iter(of.values())).objects)
+        found[key] = np.array([mean_ap(of.values(), times) for times in draws_of(images)])
     return found
 
 
@@ -609,7 +657,7 @@ def mean(values):
 def report(args, table, claims, runs, benches):
     """Judge all claims on the runs that are done: a JSON value."""
     done = {key for key, job in runs.items() if is_done(job)}
-    resamples = {**resampled(args, claims, runs, done), **resampled_wrong(args, claims, runs, done)}
+    resamples = {**resampled(args, claims, runs, done), **resampled_images(args, claims, runs, done)}
     arms = {name: {} for name in table.ON}
     for name, listed in table.ON.items():
         for arm in listed:
@@ -639,8 +687,8 @@ def markdown(found):
         cells = (cells[0], f"{c['times']:g} times {cells[1]}") if c["times"] != 1 else cells
         lines.append(f"| {c['text']} | {c['paper']} | {c['data']} | {cells[0]} | {cells[1]} | {each or '-'} | {between} | {c['verdict']} |")
     keys = {a.get("last two of") for arms in found["arms"].values() for a in arms.values()} - {None}
-    errors = any(is_error(key) for key in [*keys, *(c["metric"] for c in found["claims"])])
-    lines += ["", f"AP50{' and errors' * errors} in points. Intervals: bootstrap over images and seeds, or over the turns of a "
+    errors, aps = (any(map(of_kind, [*keys, *(c["metric"] for c in found["claims"])])) for of_kind in (is_error, is_ap))
+    lines += ["", f"{'APs' if aps else 'AP50'}{' and errors' * errors} in points. Intervals: bootstrap over images and seeds, or over the turns of a "
               "benchmark; (t): Student's, of the seeds alone.",
               "", f"Mean AP50{', or the figure beside the arm,' * bool(keys)} at the last two points of the curve on the evaluation set, "
               "mean of the seeds:", "", "| data | arm | seeds | steps | last but one | last |", "| --- " * 6 + "|"]
@@ -661,9 +709,14 @@ def is_error(metric):
     return metric.endswith("_error")
 
 
+def is_ap(metric):
+    """Whether it is an AP of images, which ranking.json tells; AP50 is one of detections."""
+    return metric.endswith("_ap")
+
+
 def unit(metric):
-    """Factor and format in which a metric is shown: AP50 and errors in points."""
-    return (100, ".1f") if metric == "AP50" or is_error(metric) else (1, ".4g")
+    """Factor and format in which a metric is shown: APs and errors in points."""
+    return (100, ".1f") if metric == "AP50" or is_ap(metric) or is_error(metric) else (1, ".4g")
 
 
 def shown(value, scale, form):

@@ -8,7 +8,7 @@ from pathlib import Path
 import tinydet                                                      # before numpy: sets how BLAS threads wait
 import numpy as np
 
-from tinydet import canvases, data, draw, evaluate, files, mistakes, scenes
+from tinydet import augment, canvases, data, draw, evaluate, evaluate_classification, files, mistakes, scenes
 
 
 # What published weights want to see: mean and std of RGB pixels in 0..255, and whether the first convolution in the file sees BGR
@@ -63,6 +63,7 @@ def read(args):
     return examples, data.read(args.data, args.eval_set, classes)[0], classes
 
 
+KEPT = 2**30                        # bytes of training images that stay in memory
 CANVAS = {"size": (116, 96), "sides": (40, 80), "fragments": (1, 4)}          # pixels; options of canvases.canvases
 
 
@@ -89,17 +90,38 @@ def read_labelled(args):
             if not some:
                 raise ValueError(f"read_labelled: {args.data} must hold images of one class in {name}, got none")
         return *kept, classes
-    if not args.data:
-        items, held_out, classes = scenes.items(1200, 0, "train"), scenes.items(400, 0, args.eval_set), scenes.CLASSES
-    else:
-        items, classes = data.read(args.data, args.train_set)
-        if args.eval_set == "val" and "val" not in data.splits(args.data):
-            order = np.random.default_rng(0).permutation(len(items))
-            items, held_out = ([items[i] for i in some] for some in (order[len(items) // 6:], order[:len(items) // 6]))
-        else:
-            held_out = data.read(args.data, args.eval_set, classes)[0]
+    items, held_out, classes = read_items(args)
     return (canvases.canvases(items, args.canvases, 0, "train", **CANVAS),
             canvases.canvases(held_out, args.eval_canvases, 0, args.eval_set, **CANVAS), classes)
+
+
+def read_items(args):
+    """Training and evaluation items for canvases, and the class names: those of --data in IDX files, else painted shapes.
+
+    Of a training set without a val set beside it, a seeded sixth of the items is for "val".
+    """
+    if not args.data:
+        return scenes.items(1200, 0, "train"), scenes.items(400, 0, args.eval_set), scenes.CLASSES
+    items, classes = data.read(args.data, args.train_set)
+    if args.eval_set == "val" and "val" not in data.splits(args.data):
+        order = np.random.default_rng(0).permutation(len(items))
+        return *([items[i] for i in some] for some in (order[len(items) // 6:], order[:len(items) // 6])), classes
+    return items, data.read(args.data, args.eval_set, classes)[0], classes
+
+
+def kept_images(examples, short):
+    """image(j): that of example j, uint8 (H, W, 3), of that short side; the first KEPT bytes stay in memory, the others are made each time."""
+    kept = {}
+
+    def image(j):
+        if j in kept:
+            return kept[j]
+        found = examples[j].image()
+        found = augment.scale(found, np.zeros((0, 4)), short / min(found.shape[:2]))[0]
+        if len(kept) * found.nbytes < KEPT:
+            kept[j] = found
+        return found
+    return image
 
 
 def records(detections, examples, classes):
@@ -142,6 +164,22 @@ def keep_wrong(run, variant, wrong):
     files.write(run.folder / (f"wrong_{variant}.json" if variant else "wrong.json"),
                 json.dumps({error: rate.wrong.astype(int).tolist() for error, rate in wrong.items()}) + "\n")
     return {error: rate.error for error, rate in wrong.items()}
+
+
+def keep_ranking(run, variant, ranked, classes):
+    """Keep how the images rank: ranking.json in the run folder, or ranking_<variant>.json, as claims.py describes it.
+
+    ranked: {metric, a name in "_ap": (scores (N, K) float, hits (N, K) bool, labels (N, K) of 1, 0, -1)}, as
+    evaluate_classification.location_ap takes them; for classification_ap's hits give labels == 1. Raises as location_ap.
+    Returns {metric: mean AP over the classes with positives}.
+    """
+    kept, means = {}, {}
+    for metric, (scores, hits, labels) in ranked.items():
+        means[metric] = evaluate.mean_ap(evaluate_classification.location_ap(scores, hits, labels, classes))
+        kept[metric] = {name: {"scores": s.tolist(), "hits": [None if y < 0 else int(y == 1 and h) for h, y in zip(hit, label)],
+                               "positive": [int(y == 1) for y in label]} for name, s, hit, label in zip(classes, scores.T, hits.T, labels.T)}
+    files.write(run.folder / (f"ranking_{variant}.json" if variant else "ranking.json"), json.dumps(kept) + "\n")
+    return means
 
 
 def finish(run, args, detections, examples, classes, losses, save, **more):

@@ -23,7 +23,7 @@ from pathlib import Path
 import common                                                       # before numpy, as tinydet: sets how BLAS threads wait
 import numpy as np
 
-from tinydet import augment, draw, optim, train
+from tinydet import draw, optim, train
 from tinydet.backend import to_numpy
 from tinydet.evaluate_classification import top_k_error
 from tinydet.models import overfeat
@@ -40,7 +40,6 @@ VARIANTS = {"1-coarse": ((1,), False, True), "1-fine": ((1,), True, True), "4-co
             "6-coarse": (SIX, False, True), MAIN: (SIX, True, True), "6-fine-logits": (SIX, True, False)}      # scales, fine, probabilities
 ERRORS = {"top1_error": 1, "top5_error": 5}
 MEASURED = 300                      # images of the evaluation set, evenly from all of it, that points of the curve look at
-KEPT = 2**30                        # bytes of training images that stay in memory, at their short side; the others are read each time
 
 
 def arguments(argv=None):
@@ -153,18 +152,10 @@ def main(args, put):
     net = overfeat.OverFeat(spec, np.random.default_rng(args.seed)).to(put)
     optimizer = optim.SGD(net, args.momentum, args.weight_decay)
     run = train.Run(Path(args.out) / args.name, common.settings(args, "measure_every", "committee"), args.resume)
-    side, measured, kept = net.table.window, slice(None, None, -(-len(held_out) // MEASURED)), {}
+    side, measured = net.table.window, slice(None, None, -(-len(held_out) // MEASURED))
+    image_of = common.kept_images(examples, args.short)
     print(f"{len(examples)} training and {len(held_out)} evaluation images, {len(classes)} classes, window {side}, {args.steps} steps")
     print(summary(net, (1, side, side, 3)), flush=True)
-
-    def image_of(j):
-        if j in kept:
-            return kept[j]
-        image = examples[j].image()
-        image = augment.scale(image, np.zeros((0, 4)), args.short / min(image.shape[:2]))[0]
-        if len(kept) * image.nbytes < KEPT:
-            kept[j] = image
-        return image
 
     def prepare(i):
         rng = np.random.default_rng([args.seed, i])

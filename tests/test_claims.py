@@ -11,12 +11,13 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from tinydet import data, evaluate, scenes
+from tinydet import data, evaluate, evaluate_classification, scenes
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -121,7 +122,42 @@ CLAIMS = [dict(text="fewer errors", metric="top1_error", **FEWER), dict(text="ne
           dict(text="lower loss", metric="curve.-1.loss", **FEWER)]
 '''
 
-PROGRAMS = {"toy.py": PROGRAM, "errors.py": ERRORS}
+# Ranks images by class, through common.py, and finds one point on each: the scores follow the labels with weight --gain
+RANKS = '''
+import json, sys
+from pathlib import Path
+from types import SimpleNamespace
+import common
+import numpy as np
+args = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+rng, run = np.random.default_rng(int(args["--seed"])), SimpleNamespace(folder=Path(args["--out"]) / args["--name"])
+run.folder.mkdir(parents=True, exist_ok=True)
+labels = np.array([[1, 0, 0], [0, 1, 0], [1, 1, 0], [0, 0, 0], [-1, 1, 0], [0, 0, 0], [0, 0, -1], [0, 0, 0], [0, -1, 0], [0, 0, 0], [1, 0, 0], [0, 0, 0]])
+
+def rank(variant, gain):
+    scores = np.floor(3 * (gain * (labels == 1) + rng.random(labels.shape))).astype(np.float32)         # ties abound
+    found = common.keep_ranking(run, variant, {"class_ap": (scores, labels == 1, labels),
+                                               "location_ap": (scores / 3, rng.random(labels.shape) < 0.3 + gain / 2, labels)}, ("cat", "dog", "emu"))
+    return {**found, "arrays": 0}
+
+told, also = rank("", float(args["--gain"])), {"six": rank("six", 1.0)}
+curve = [{"step": s, "class_ap": told["class_ap"] * s / 2, "loss": 1 / s} for s in (1, 2)]
+common.keep_results(run, SimpleNamespace(eval_set="val"), {**told, "seconds": 1, "curve": curve, "also": also})
+'''
+
+RANKS_TABLE = '''
+PROGRAM = "ranks.py"
+DATA = {"discs": []}
+ARMS = {"good": ["--gain", "0.8"], "bad": ["--gain", "0"]}
+ON = {"discs": list(ARMS)}
+CURVES = {"class_ap": "classification AP"}
+BOTH = dict(paper="-", data="discs", better="good", worse="bad")
+CLAIMS = [dict(text="classes", metric="class_ap", **BOTH), dict(text="places", metric="location_ap", **BOTH),
+          dict(text="six", metric="location_ap", **{**BOTH, "better": "good@six", "worse": "good"}),
+          dict(text="lower loss", metric="curve.-1.loss", lower=True, **BOTH)]
+'''
+
+PROGRAMS = {"toy.py": PROGRAM, "errors.py": ERRORS, "ranks.py": RANKS}
 
 BENCH = '''
 import json, sys
@@ -634,6 +670,115 @@ def test_errors_that_do_not_fit_are_refused(errors):
     (folder / "wrong.json").unlink()
     with pytest.raises(ValueError, match="discs-after-1.results.json must hold a value at top1_error|must hold set, got no set"):
         errors("--full", "--report", "--seeds", "0", "1")
+
+
+# AP of images
+
+@pytest.fixture
+def ranks(place, tmp_path):
+    (tmp_path / "claims_toy.py").write_text(RANKS_TABLE)
+    return place
+
+
+def ranked_of(folder, metric, variant=""):
+    """scores, hits and labels (12, 3) as a run has kept them."""
+    classes = json.loads((folder / f"ranking{variant}.json").read_text())[metric].values()
+    scores, hits, positive = (np.array([c[key] for c in classes], float).T for key in ("scores", "hits", "positive"))
+    return scores, hits == 1, np.where(np.isnan(hits), -1, positive).astype(int)
+
+
+def ap_of(scores, hits, labels, images):
+    return evaluate.mean_ap(evaluate_classification.location_ap(scores[images], hits[images], labels[images], "abc"))
+
+
+def test_aps_of_images_are_bootstrapped(ranks, capsys):
+    """Against the APs of sets that hold the copies: images are drawn, the same for all runs, and seeds."""
+    ranks.prepare("--full")
+    capsys.readouterr()
+    found = ranks("--full", "--report")
+    rng = np.random.default_rng(0)
+    draws = [np.sort(rng.integers(12, size=12)) for _ in range(claims.RESAMPLES)]
+    for c, (metric, ours, theirs) in zip(found["claims"], (("class_ap", "good", "bad"), ("location_ap", "good", "bad"), ("location_ap", "good", "good"))):
+        pairs = [(ranked_of(ranks.folder / f"discs-{ours}-{s}", metric, "_six" * (c["text"] == "six")), ranked_of(ranks.folder / f"discs-{theirs}-{s}", metric))
+                 for s in range(3)]
+        assert_allclose(c["differences"], [ap_of(*a, range(12)) - ap_of(*b, range(12)) for a, b in pairs], atol=1e-12)
+        columns = np.array([[ap_of(*a, d) - ap_of(*b, d) for d in draws] for a, b in pairs])
+        assert_allclose(c["interval"], claims.interval(columns, np.random.default_rng(1)), err_msg=c["text"], atol=1e-12)
+        assert c["method"] == "images and seeds" and np.nanstd(columns) > 0.05 and np.isnan(columns).any()      # a set without positives was drawn
+    assert found["claims"][3]["method"] == "t" and found["claims"][0]["verdict"] == "holds"
+
+    good = [json.loads((ranks.folder / f"discs-good-{s}" / "results.json").read_text()) for s in range(3)]
+    summary = found["arms"]["discs"]["good"]
+    assert summary["figures"]["location_ap"] == [r["location_ap"] for r in good] and summary["last two of"] == "class_ap"
+    assert summary["also"]["six"]["class_ap"] == [r["also"]["six"]["class_ap"] for r in good]
+    out = capsys.readouterr().out.splitlines()
+    values = [100 * r["class_ap"] for r in good]
+    row = next(line for line in out if line.startswith("| classes"))
+    assert f"| good: {np.mean(values):.1f} ± {np.std(values, ddof=1):.1f} |" in row and "(" not in row
+    assert any(line.startswith("APs in points. Intervals") for line in out)
+    assert f"| discs | good (class_ap) | 3 | 2 | {np.mean(values) / 2:.1f} | {np.mean(values):.1f} |" in out
+
+
+def test_aps_without_a_ranking_have_the_interval_of_the_seeds(ranks):
+    ranks.prepare("--full")
+    (ranks.folder / "discs-bad-2" / "ranking.json").unlink()
+    path = ranks.folder / "discs-good-0" / "ranking_six.json"
+    path.write_text(json.dumps({"class_ap": json.loads(path.read_text())["class_ap"]}))
+    assert [c["method"] for c in ranks("--full", "--report")["claims"]] == ["t"] * 4
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda c: c["cat"]["scores"].pop(), "bad-1.ranking.json must hold lists of scores, hits and positive of each class at class_ap, an entry an image$"),
+    (lambda c: c["dog"].pop("hits"), "ranking.json must hold lists of scores, hits and positive of each class"),
+    (lambda c: c.update(dog=0.5), "ranking.json must hold lists of scores, hits and positive of each class"),
+    (lambda c: c.clear(), "ranking.json must hold lists of scores, hits and positive of each class"),
+    (lambda c: c["dog"]["hits"].__setitem__(0, 1), r"positive 1 1, 0 1, 0 0 or null 0, at class_ap, got \[2.0, 1.0, 0.0\] for image 0 and 'dog'"),
+    (lambda c: c["dog"]["hits"].__setitem__(1, None), r"at class_ap, got \[.*, nan, 1.0\] for image 1 and 'dog'"),
+    (lambda c: c["cat"]["positive"].__setitem__(3, 0.5), r"at class_ap, got \[.*, 0.0, 0.5\] for image 3 and 'cat'"),
+    (lambda c: c["emu"]["scores"].__setitem__(11, float("inf")), r"must hold a finite score.* at class_ap, got \[inf, 0.0, 0.0\] for image 11 and 'emu'"),
+    (lambda c: c["cat"]["hits"].__setitem__(2, 0), r"bad-1.ranking.json must give the class_ap in results.json, 0\.\d+, got 0\.\d+$"),
+    (lambda c: c.update(fox=c.pop("emu")), "class_ap of bad in .*discs-bad-1 must have the classes and positives of the other runs on discs"),
+    (lambda c: [v.append(0) for lists in c.values() for v in lists.values()], "must tell of 12 images of val, as the other runs on discs, got 13 images of val")])
+def test_rankings_that_do_not_fit_are_refused(ranks, change, message):
+    ranks.prepare("--full", "--seeds", "1")
+    path = ranks.folder / "discs-bad-1" / "ranking.json"
+    told = json.loads(path.read_text())
+    change(told["class_ap"])
+    path.write_text(json.dumps(told))
+    if "12 images" in message:                                      # the thirteenth must come last, or the AP changes
+        for lists in told["class_ap"].values():
+            lists["scores"][-1] = -1
+        path.write_text(json.dumps(told))
+    with pytest.raises(ValueError, match=message):
+        ranks("--full", "--report", "--seeds", "1")
+
+
+def test_a_ranking_is_kept_as_it_is_read(tmp_path):
+    """By hand: hits in images without the class are none, what is left out is null; the mean leaves out the class without positives."""
+    scores = np.array([[0.1, 2], [np.float32(0.3), 1], [0.2, 0]], np.float32)
+    arrays = scores, np.ones((3, 2), bool), np.array([[1, 0], [0, -1], [-1, 0]])
+    told = claims.common.keep_ranking(SimpleNamespace(folder=tmp_path), "a", {"place_ap": arrays}, ("cat", "dog"))
+    assert told == {"place_ap": 0.5}
+    assert json.loads((tmp_path / "ranking_a.json").read_text()) == {"place_ap": {
+        "cat": {"scores": scores[:, 0].tolist(), "hits": [1, 0, None], "positive": [1, 0, 0]},
+        "dog": {"scores": [2, 1, 0], "hits": [0, None, 0], "positive": [0, 0, 0]}}}
+    claims.common.keep_ranking(SimpleNamespace(folder=tmp_path), "", {"place_ap": arrays}, ("cat", "dog"))
+    assert (tmp_path / "ranking.json").read_text() == (tmp_path / "ranking_a.json").read_text()
+
+
+def test_aps_and_errors_in_points():
+    """What a metric's name says of it; the curve of AP-loss's batches is no figure of a claim, and a detector's table does not tell of it."""
+    assert [claims.unit(metric) for metric in ("AP50", "class_ap", "top1_error")] == [(100, ".1f")] * 3
+    assert [claims.unit(metric) for metric in ("all_loss", "apple", "ap")] == [(1, ".4g")] * 3
+
+    def line(*metrics):
+        found = {"claims": [{"text": "", "paper": "", "data": "discs", "better": "a", "worse": "b", "than": (), "metric": metric, "times": 1, "values": {},
+                             "differences": [], "interval": None, "method": None, "verdict": ""} for metric in metrics], "seeds": [0],
+                 "arms": {"discs": {"a": {"seeds": [0], "curve": [{"step": 1, "mean AP50": 0.5, "ranking_ap": 0.5}], "last two": [0.5], "command": ""}}},
+                 "benchmarks": {}}
+        return next(words.partition(" in points")[0] for words in claims.markdown(found) if " in points" in words)
+    assert [line(*m) for m in (["AP50"], ["AP50", "x_error"], ["AP50", "x_ap"], ["x_ap", "x_error"])] == [
+        "AP50", "AP50 and errors", "APs", "APs and errors"]
 
 
 def test_a_claim_on_ap_needs_a_detector(errors, tmp_path):

@@ -110,7 +110,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits_and_joins_a_committee(trained, d
         if len(calls) == 3:
             raise KeyboardInterrupt
         return loss(*a)
-    monkeypatch.setattr(program, "KEPT", 0)
+    monkeypatch.setattr(program.common, "KEPT", 0)
     monkeypatch.setattr(softmax_loss, "loss", third_fails)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, *OWN)
