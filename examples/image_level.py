@@ -1,0 +1,168 @@
+"""What transfer.py and weak_localization.py share: the net that they start from, figures of whole images, pictures."""
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import common                                                       # before numpy, as tinydet: sets how BLAS threads wait
+import numpy as np
+import pretrain
+from PIL import ImageDraw
+
+from tinydet import data, draw, evaluate, evaluate_classification, files
+from tinydet.models import oquab
+
+SHOWN = 4                           # images whose maps are kept while a net trains
+
+
+def add_arguments(parser):
+    a = parser.add_argument
+    a("--weights", metavar="FILE", help="the source net, of examples/pretrain.py (default: <out>/pretrain/weights.npz, trained first if it is not there)")
+    a("--start", choices=("pretrained", "random"), default="pretrained", help="random: no source net (%(default)s)")
+    a("--trains", choices=oquab.TRAINS, help="the adaptation layers alone, FC6 too, or all (default: head; with --start random all)")
+    a("--table", choices=oquab.TABLES, default="small", help="the net of --start random; else that of the weights (%(default)s)")
+    a("--width", type=float, default=1.0, help="factor on its channels (%(default)s)")
+    a("--adapt", type=common.count, metavar="UNITS", help="of FCa (default: that of the net: 2048, small 128)")
+    a("--tolerance", type=float, metavar="PIXELS", help="a place counts in a box that is grown by it (18, as in the paper; small 4, half its stride)")
+    a("--measure-every", type=common.count, metavar="STEPS", help="average precision, and maps of some images (default: a fifth of the steps)")
+
+
+def check(parser, args):
+    """Settle what depends on other arguments, and refuse what argparse alone lets pass."""
+    common.check(parser, args)
+    args.trains = args.trains or ("head" if args.start == "pretrained" else "all")
+    args.measure_every = args.measure_every or -(-args.steps // 5)
+    if not 0 <= args.dropout < 1:
+        parser.error(f"--dropout must lie in [0, 1), got {args.dropout}")
+    if args.tolerance is not None and not 0 <= args.tolerance < math.inf:
+        parser.error(f"--tolerance must not be negative, got {args.tolerance}")
+
+
+def build(args, put, examples, classes, head, **more):
+    """The net: trunk, FC6 and FC7 of the source net, which is trained first if need be, or random ones; `more`: fields of its Spec."""
+    rng, own = np.random.default_rng(args.seed), {"classes": tuple(classes), "head": head, "dropout": args.dropout, "adapt": args.adapt, **more}
+    if args.start == "random":
+        mean, std = data.mean_std(examples)
+        net = oquab.Oquab(oquab.Spec(table=args.table, width=args.width, mean=mean, std=std, **own), rng)
+    else:
+        if not args.weights:
+            args.weights = str(_trained(args, put))
+        source = oquab.load(args.weights)[0]
+        net = oquab.Oquab(dataclasses.replace(source.spec, **own), rng)
+        oquab.take_over(net, source)
+    args.tolerance = args.tolerance if args.tolerance is not None else 4.0 if net.spec.table == "small" else 18.0
+    oquab.freeze(net.to(put), args.trains)
+    return net
+
+
+def _trained(args, put):
+    """Weights of <out>/pretrain, which is trained, or trained to the end, if they are not there."""
+    folder = Path(args.out) / "pretrain"
+    if not (folder / "weights.npz").is_file():
+        print(f"first the source net, into {folder}")
+        resume = ["--resume"] if (folder / "config.json").exists() else []
+        pretrain.main(pretrain.arguments(["--out", args.out, "--backend", args.backend, "--seed", str(args.seed), *resume]), put)
+    return folder / "weights.npz"
+
+
+# Figures of whole images
+
+def scored(run, variant, examples, classes, tolerance, scores, points=None, confidences=None):
+    """class_ap of scores (N, K), and with points (N, K, 2) location_ap by confidences (N, K), default scores. Keeps the rankings."""
+    there = evaluate_classification.presence(examples, len(classes))
+    ranked = {} if scores is None else {"class_ap": (scores, there == 1, there)}
+    if points is not None:
+        hits = evaluate_classification.location_hits(points, examples, tolerance)
+        ranked["location_ap"] = scores if confidences is None else confidences, hits, there
+    return common.keep_ranking(run, variant, ranked, classes)
+
+
+def middles(examples, K):
+    """(N, K, 2): the middle of each image, the place that a blind guess names."""
+    return np.repeat(np.array([e.size for e in examples], float)[:, None] / 2, K, 1)
+
+
+def finish(run, args, examples, classes, scores, maps, points, found, low, high):
+    """Tables and pictures. maps(i): {class: (h, w)} over the whole of image i; found: {variant: {metric: value}}."""
+    results = evaluate_classification.classification_ap(scores, evaluate_classification.presence(examples, len(classes)), classes)
+    draw.precision_recall(results, run.folder / "precision_recall.png", f"{args.name}: {args.eval_set}, images of the class")
+    draw.save(maps_sheet(examples, classes, scores, maps, points, low, high), run.folder / "maps.png")
+    folder = run.folder / "false_positives"
+    folder.mkdir(exist_ok=True)
+    for k, name in enumerate(classes):
+        wrong = first_wrong(examples, scores, k)
+        if len(wrong):
+            shown = [map_picture(examples[i], k, maps(i)[k], points[i, k], low, high) for i in wrong]
+            captions = [f"{scores[i, k]:.2f}: {', '.join(classes[c] for c in examples[i].image_labels())}"[:34] for i in wrong]
+            draw.save(draw.sheet(shown, 5, captions), folder / f"{k}_{''.join(c if c.isalnum() else '_' for c in name)[:50]}.png")
+    shown = sorted((run.folder / "maps").glob("*.npz"), key=lambda path: int(path.stem))
+    if shown:
+        draw.save(training_sheet(examples, classes, shown, low, high), run.folder / "maps_training.png")
+    print(f"{'class':14} AP by image")
+    for name, r in results.items():
+        print(f"{name:14} {r.ap:6.3f}")
+    for name, values in found.items():
+        print(f"{name or 'as set':14}", "   ".join(f"{metric} {value:.3f}" for metric, value in values.items() if value is not None))
+
+
+def first_wrong(examples, scores, k, most=10):
+    """The first false positives of class k: images without it, highest score first."""
+    without = np.flatnonzero([k not in e.image_labels() for e in examples])
+    return without[np.argsort(-scores[without, k], kind="stable")[:most]]
+
+
+# Pictures
+
+def map_picture(example, k, values, point, low, high, side=220):
+    """A class's map over an image, its boxes of that class in white, and a cross where the map says it is."""
+    enlarge = side / max(example.size)
+    picture = draw.heat_map(example.image(), values, (0, 0, *example.size), low, high, enlarge)
+    pen = ImageDraw.Draw(picture)
+    for box in example.boxes[example.labels == k] * enlarge:
+        pen.rectangle(tuple(box), outline="white", width=2)
+    if point is not None:
+        x, y = point * enlarge
+        for colour, width in (("black", 4), ("white", 2)):
+            pen.line((x - 7, y, x + 7, y), fill=colour, width=width)
+            pen.line((x, y - 7, x, y + 7), fill=colour, width=width)
+    return picture
+
+
+def maps_sheet(examples, classes, scores, maps, points, low, high, most=8):
+    """Images, each with the maps of the class that is there and scores highest, and of the highest one that is not there."""
+    pictures, captions = [], []
+    for i, e in enumerate(examples[:most]):
+        there, of = np.isin(np.arange(len(classes)), e.image_labels()), maps(i)
+        pictures.append(draw.boxes(e.image(), e.boxes, e.labels, classes, enlarge=220 / max(e.size), bracket=e.difficult))
+        captions.append(e.name[:30])
+        for kind, kept in (("there", there), ("not there", ~there)):
+            k = int(np.where(kept, scores[i], -np.inf).argmax())
+            pictures.append(map_picture(e, k, of[k], points[i, k], low, high))
+            captions.append(f"{kind}: {classes[k]} {scores[i, k]:.2f}"[:34])
+    return draw.sheet(pictures, 6, captions)
+
+
+def keep_maps(run, step, maps):
+    """Keep what the maps of a few images look like at a step: a list of (h, w), or of None where an image shows none."""
+    folder = run.folder / "maps"
+    folder.mkdir(exist_ok=True)
+    files.write_arrays(folder / f"{step}.npz", {str(i): np.asarray(m, np.float32) for i, m in enumerate(maps) if m is not None}, {"step": step})
+
+
+def training_sheet(examples, classes, paths, low, high):
+    """How maps came about: an image a row, a step a column; the class is the first that is there."""
+    kept = [(path.stem, files.read_arrays(path)[0]) for path in paths]
+    pictures, captions = [], []
+    for i, e in enumerate(examples[:SHOWN]):
+        for step, arrays in kept:
+            if str(i) in arrays:
+                k = first_class(e)
+                pictures.append(map_picture(e, k, arrays[str(i)], None, low, high, 180))
+                captions.append(f"step {step}: {classes[k]}"[:28])
+    return draw.sheet(pictures, len(kept), captions)
+
+
+def first_class(example):
+    """The class whose maps are kept while a net trains; None for an image of none."""
+    labels = example.image_labels()
+    return int(labels[0]) if len(labels) else None

@@ -1,0 +1,263 @@
+"""Transfer mid-level features (Oquab et al., CVPR 2014): patches of a few images with boxes train two adaptation layers on a frozen net.
+
+    python examples/transfer.py                                     # embedded scenes, the source net included: under three minutes on two cores
+    python examples/transfer.py --data FOLDER --weights runs/NAME/weights.npz       # its source: examples/pretrain.py
+    python examples/transfer.py --start random --name scratch       # no pre-training: all layers train on the same patches
+    python examples/transfer.py --preset action --name action       # one patch for each given box, FC6 trains, too
+
+Images become square patches on a grid (sec. 3.2), labelled by overlap with the boxes; a share of the background trains. An image's score for a class
+is the mean over its patches of y^k (sec. 3.3), its map the mean (or sum) of y over the patches that cover a pixel. The features are computed
+once (features.npz). Everything goes to runs/<name>/: config.json, metrics.jsonl, checkpoint.npz, weights.npz, results.json, and
+ranking.json, ranking_<variant>.json    what average precision is made of: with other k, the whole image alone, the sum of y, the image's middle
+curve.json, curve.png                   average precision by image while it trained
+maps.png, maps_training.png             where it sees a class, and how that came about
+false_positives/                        for each class the images without it that score highest
+A run that was stopped goes on with --resume.
+"""
+import argparse
+import math
+import time
+from pathlib import Path
+
+import common                                                       # before numpy, as tinydet: sets how BLAS threads wait
+import image_level
+import numpy as np
+
+from tinydet import draw, evaluate, evaluate_classification, files, optim, train
+from tinydet.backend import put as place, to_numpy
+from tinydet.models import oquab, oquab_patches
+from tinydet.ops import softmax_loss
+from tinydet.summary import summary
+
+# Notes, sec. 2 and 3; "action": PRE-1512U. The rate falls to a tenth after each third of the steps (three rounds)
+PAPER = {"lambdas": list(oquab_patches.LAMBDAS), "overlap": 2 / 3, "background": 0.1, "lr": 0.01, "dropout": 0.5, "k": 5.0}
+PRESETS = {"paper": PAPER, "action": {"patches": "boxes", "trains": "fc6"}}
+POWERS = (1, 3, 5, 10)              # variants of k
+AT_ONCE = 64                        # patches that go through the net together
+
+
+def arguments(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    a = parser.add_argument
+    common.add_arguments(parser, "transfer")
+    image_level.add_arguments(parser)
+    a("--preset", choices=PRESETS, help="settings of the paper; those given beside it win")
+    a("--patches", choices=("tiles", "boxes"), default="tiles", help="a grid over the image, or one for each given box (%(default)s)")
+    a("--lambdas", type=float, nargs="+", default=[1, 1.6, 2.4, 3.2, 4], help="patches have sides min(W, H) / lambda (%(default)s; the paper has nine)")
+    a("--overlap", type=float, default=0.5, help="least share of a patch that its neighbour covers, too (%(default)s)")
+    a("--background", type=float, default=0.1, metavar="SHARE", help="of the background patches, those that train (%(default)s)")
+    a("--same-class-ok", action="store_true", help="patches with two objects of one class train, too")
+    a("--k", type=float, default=5.0, help="exponent of y in an image's score (%(default)s)")
+    a("--reduce", choices=("mean", "sum"), default="mean", help="maps: over the patches that cover a pixel (%(default)s, the paper; its slides: sum)")
+    a("--steps", type=common.count, default=3000, help="training steps (%(default)s)")
+    a("--batch", type=common.count, default=64, help="patches a step (%(default)s)")
+    a("--lr", type=float, default=0.05, help="first learning rate (%(default)s)")
+    a("--momentum", type=float, default=0.9, help="(%(default)s)")
+    a("--weight-decay", type=float, default=5e-4, help="(%(default)s)")
+    a("--dropout", type=float, default=0.2, help="of FC7 and FCa (%(default)s)")
+    chosen = parser.parse_args(argv)
+    if chosen.preset:
+        parser.set_defaults(**PRESETS[chosen.preset])
+    args = parser.parse_args(argv)
+    image_level.check(parser, args)
+    if not (all(1 <= v < math.inf for v in args.lambdas) and 0 <= args.overlap < 1 and 0 <= args.background <= 1 and 1 <= args.k < math.inf):
+        parser.error("--lambdas must be at least 1, --overlap lie in [0, 1), --background in [0, 1], --k be at least 1, got "
+                     f"{args.lambdas}, {args.overlap}, {args.background}, {args.k}")
+    return args
+
+
+class Patches:
+    """The patches of images: image (M,), boxes (M, 4) float64, labels (M,) (-1: several classes at once)."""
+
+    def __init__(self, examples, side, kind):
+        self.examples, self.side, self.kind = examples, side, kind
+
+    def of(self, i, tiles):
+        """Pixels of image i's patches, uint8 (R, side, side, 3)."""
+        image = self.examples[i].image()
+        if self.kind == "tiles":
+            return oquab_patches.cut(image, tiles, self.side)
+        return np.array([oquab_patches.mirrored_patch(image, box, self.side) for box in tiles]).reshape(-1, self.side, self.side, 3)
+
+
+def tiles_of(args, example):
+    return oquab_patches.tiles(*example.size, tuple(args.lambdas), args.overlap)
+
+
+def training_patches(args, examples, K):
+    """What trains: index of the image (M,), box (M, 4), label (M,), the background K. The same for every --seed."""
+    image, boxes, labels = [], [], []
+    for i, e in enumerate(examples):
+        if args.patches == "tiles":
+            some = tiles_of(args, e)
+            answer = oquab_patches.label(some, e.boxes, e.labels, K, e.difficult, args.same_class_ok)
+        else:                                                       # a box of several classes, as a person of several actions, is left out
+            some, of = given_boxes(e, K)
+            answer = np.where(of.sum(1) == 1, of.argmax(1), -1)
+        image.append(np.full(len(some), i))
+        boxes.append(some)
+        labels.append(answer)
+    image, boxes, labels = map(np.concatenate, (image, boxes, labels))
+    kept = oquab_patches.resample(labels, K, args.background, np.random.default_rng(0))
+    if not len(kept):
+        raise ValueError(f"transfer: the training images must give at least one patch to train on, got none of {len(examples)} images")
+    print("patches that train: " + f"{len(kept)} of {len(labels)}, {(labels[kept] < K).sum()} of a class, {(labels[kept] == K).sum()} of the background; "
+          f"{(labels < 0).sum()} hold several objects")
+    return image[kept], boxes[kept], labels[kept]
+
+
+def given_boxes(example, K):
+    """The different boxes (R, 4) of an image, without difficult ones, and (R, K) which classes each has."""
+    boxes, labels = example.usable()
+    if not len(boxes):
+        return np.zeros((0, 4)), np.zeros((0, K), int)
+    different, place_ = np.unique(boxes, axis=0, return_inverse=True)
+    of = np.zeros((len(different), K), int)
+    of[place_.reshape(-1), labels] = 1
+    return different, of
+
+
+def features(args, run, net, patches, image, boxes):
+    """What the layers that train take, (M, h, w, C), by the order of the patches: from features.npz, or made and kept there."""
+    path = run.folder / "features.npz"
+    if path.exists():
+        return files.read_arrays(path)[0]["y"]
+    found = []
+    for i in train.progress(np.unique(image), desc="features", unit="image"):
+        found.append(through(net, args.trains, patches.of(i, boxes[image == i])))
+    y = np.concatenate(found)
+    files.write_arrays(path, {"y": y}, {"patches": len(y)})
+    return y
+
+
+def through(net, trains, pixels):
+    """The frozen part's output for pixels, on the host; trains "nothing": the whole net's scores."""
+    found = []
+    for first in range(0, len(pixels), AT_ONCE):
+        x = place(net.normalise(pixels[first:first + AT_ONCE]))
+        found.append(to_numpy(net(x) if trains == "nothing" else oquab.frozen_part(net, x, trains)))
+    return np.concatenate(found)
+
+
+def look(args, net, patches, i):
+    """Tiles of image i and what the net says of each: (M, 4), (M, K) probabilities without the background's."""
+    tiles = tiles_of(args, patches.examples[i])
+    return tiles, softmax_loss.softmax(through(net, "nothing", patches.of(i, tiles))[:, 0, 0].astype(np.float64))[:, :-1]
+
+
+def heat(args, example, tiles, y, reduce=None):
+    return oquab_patches.heat_map(tiles, y, *example.size, reduce or args.reduce)
+
+
+def highest(maps):
+    """(K, 2): the middle of the first largest pixel of each class's map (H, W, K)."""
+    y, x = np.unravel_index(maps.reshape(-1, maps.shape[2]).argmax(0), maps.shape[:2])
+    return np.stack([x, y], 1) + 0.5
+
+
+def evaluate_all(args, run, net, patches, classes):
+    """Figures of all variants, scores (N, K), points (N, K, 2) and what the net says of the tiles of each image."""
+    examples, K = patches.examples, len(classes)
+    scores, whole, points, seen = {k: [] for k in {args.k, *POWERS}}, [], {"mean": [], "sum": []}, []
+    for i, e in enumerate(train.progress(examples, desc="evaluate", unit="image")):
+        tiles, y = look(args, net, patches, i)
+        seen.append((tiles, y))
+        for k in scores:
+            scores[k].append(oquab_patches.image_score(y, k))
+        image = oquab_patches.cut(e.image(), np.array([[0.0, 0.0, *e.size]]), patches.side)
+        whole.append(softmax_loss.softmax(through(net, "nothing", image)[0, 0, 0].astype(np.float64))[:-1])
+        for reduce in points:
+            points[reduce].append(highest(heat(args, e, tiles, y, reduce)))
+    scores, points = ({name: np.array(v) for name, v in of.items()} for of in (scores, points))
+
+    def told(variant, *what):
+        return image_level.scored(run, variant, examples, classes, args.tolerance, *what)
+    found = {"": told("", scores[args.k], points[args.reduce])}
+    for k in POWERS:
+        found[f"k{k}"] = told(f"k{k}", scores[k])
+    for reduce, where in points.items():
+        found[reduce] = told(reduce, None, where, scores[args.k])
+    found["whole"] = told("whole", np.array(whole))
+    found["middle"] = told("middle", None, image_level.middles(examples, K), scores[args.k])
+    return found, scores[args.k], points[args.reduce], seen
+
+
+def evaluate_boxes(run, net, patches, classes):
+    """Average precision by given box: what the net says of the patch of each; the figures of the action task."""
+    scores, there = [], []
+    for i, e in enumerate(train.progress(patches.examples, desc="evaluate", unit="image")):
+        boxes, of = given_boxes(e, len(classes))
+        if len(boxes):
+            scores.append(softmax_loss.softmax(through(net, "nothing", patches.of(i, boxes))[:, 0, 0].astype(np.float64))[:, :-1])
+            there.append(of)
+    scores, there = np.concatenate(scores), np.concatenate(there)
+    return common.keep_ranking(run, "", {"class_ap": (scores, there == 1, there)}, classes), scores, there
+
+
+def main(args, put):
+    start = time.perf_counter()
+    draw.require()
+    examples, held_out, classes = common.read(args)
+    K = len(classes)
+    net = image_level.build(args, put, examples, classes, "strong")
+    run = train.Run(Path(args.out) / args.name, common.settings(args, "measure_every", "tolerance", "k", "reduce"), args.resume)
+    side = net.table.window
+    patches, unseen = (Patches(some, side, args.patches) for some in (examples, held_out))
+    print(f"{len(examples)} training and {len(held_out)} evaluation images, {K} classes, window {side}; trains: {args.trains}")
+    print(summary(net, (1, side, side, 3)), flush=True)
+    image, boxes, labels = training_patches(args, examples, K)
+    y = None if args.trains == "all" else features(args, run, net, patches, image, boxes)
+    rest = oquab.rest(net, args.trains)
+
+    def prepare(i):
+        rng = np.random.default_rng([args.seed, i])
+        batch = rng.choice(len(labels), args.batch, replace=len(labels) < args.batch)
+        x = y[batch] if y is not None else net.normalise(np.concatenate([patches.of(image[j], boxes[j:j + 1]) for j in batch]))
+        return x, labels[batch], rng
+
+    def step(i, prepared):
+        if i % args.measure_every == 0:
+            measure(i)
+        x, answer, rng = prepared
+        scores, cache = rest.forward(put(x), True, rng)
+        loss, dscores = softmax_loss.loss(scores.reshape(len(answer), -1), put(answer))
+        rest.backward(dscores.reshape(scores.shape), cache)
+        return {"loss": loss}
+
+    def measure(i):
+        if args.patches == "boxes":
+            return
+        seen = [look(args, net, unseen, j) for j in range(min(60, len(held_out)))]
+        scores = np.array([oquab_patches.image_score(p, args.k) for _, p in seen])
+        found = evaluate_classification.classification_ap(scores, evaluate_classification.presence(held_out[:len(seen)], K), classes)
+        shown = [(e, image_level.first_class(e), *s) for e, s in zip(held_out[:image_level.SHOWN], seen)]
+        image_level.keep_maps(run, i, [None if k is None else heat(args, e, tiles, p)[..., k] for e, k, tiles, p in shown])
+        return common.keep_point(run, {"step": i, "class_ap": evaluate.mean_ap(found)})
+
+    optimizer = optim.SGD(net, args.momentum, args.weight_decay)
+    third = args.steps // 3
+    schedule = optim.step_schedule(args.lr, [third, 2 * third] if third else [], 0.1)
+    train.fit(run, net, optimizer, schedule, args.steps, step, args.checkpoint_every, prepare, args.workers)
+    oquab.save(net, run.folder / "weights.npz", {"lambdas": args.lambdas, "overlap": args.overlap, "k": args.k})
+    draw.loss_curves(run.metrics(), ("loss",), run.folder / "loss.png")
+    curve = measure(args.steps) or []
+    if args.patches == "boxes":
+        told, scores, there = evaluate_boxes(run, net, unseen, classes)
+        found = {"": told}
+        results = evaluate_classification.classification_ap(scores, there, classes)
+        draw.precision_recall(results, run.folder / "precision_recall.png", f"{args.name}: {args.eval_set}, boxes of the class")
+        print("\n".join(f"{name:14} {r.ap:6.3f}" for name, r in results.items()) + f"\nmean           {told['class_ap']:6.3f}")
+    else:
+        draw.measurements(curve, ("class_ap",), run.folder / "curve.png")
+        found, scores, points, seen = evaluate_all(args, run, net, unseen, classes)
+        most = 1.0 if args.reduce == "mean" else max(float(heat(args, e, *s).max()) for e, s in list(zip(held_out, seen))[:8])
+
+        def maps(i):
+            return np.moveaxis(heat(args, held_out[i], *seen[i]), 2, 0)
+        image_level.finish(run, args, held_out, classes, scores, maps, points, found, 0.0, most)
+    return common.keep_results(run, args, {"images": len(held_out), **found.pop(""), "also": found, "curve": curve, "patches": len(labels),
+                                           "seconds": None if args.resume else round(time.perf_counter() - start)})
+
+
+if __name__ == "__main__":
+    common.start(main, arguments())
