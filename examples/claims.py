@@ -9,6 +9,7 @@ PROGRAM   the example program, such as "ohem.py"
 DATA      {data set: options that all its arms share}
 ARMS      {arm: its options}; they come after those of the data set, and win; a first word in ".py" is a program to run for PROGRAM
 ON        {data set: the arms that run on it}
+EMBEDDED  optional: those data sets that come with the package and are no folders: their programs get no --data
 CLAIMS    a list of dicts, the fields of Claim below
 QUICK     options that --quick appends, or {program: such options}
 CURVES    optional {key of a point of "curve": label}, drawn beside AP50's
@@ -202,8 +203,9 @@ def jobs_of(args, table):
             run, options = f"{name}-{slug(arm)}-{seed}", [*options, *common, "--seed", str(seed)]
             there = [weights_of(needs[word].name) if word in needs else word for word in options]
             here = [str(needs[word].folder / "weights.npz") if word in needs else word for word in options]
-            place = ["--data", str(args.data.resolve() / name)]
-            runs[name, arm, seed] = Job(run, [program, "--data", f"FOLDER/{name}", *there], [
+            embedded = name in getattr(table, "EMBEDDED", ())
+            place = [] if embedded else ["--data", str(args.data.resolve() / name)]
+            runs[name, arm, seed] = Job(run, [program, *([] if embedded else ["--data", f"FOLDER/{name}"]), *there], [
                 python, str(HERE / program), *place, *here, "--name", run, "--out", str(args.folder)], args.folder, tuple(needs.values()))
         return runs[name, arm, seed]
 
@@ -773,9 +775,10 @@ def main(args):
     table, claims = read_table(args.paper)
     for arm in args.only or ():
         known("claims", "--only", arm, table.ARMS)
-    for name in table.ON:
+    folders = [name for name in table.ON if name not in getattr(table, "EMBEDDED", ())]
+    for name in folders:
         if not (args.data / name).is_dir():
-            raise FileNotFoundError(f"claims: --data must hold the data sets {', '.join(table.ON)}, got no folder {args.data / name}")
+            raise FileNotFoundError(f"claims: --data must hold the data sets {', '.join(folders)}, got no folder {args.data / name}")
     runs, benches = jobs_of(args, table)
     if not args.report:
         run_all(args, runs, benches)

@@ -1,4 +1,4 @@
-"""Detect objects in pictures with a net that examples/overfeat.py, ohem.py or ap_loss.py trained: draws and prints what it finds.
+"""Detect objects in pictures with a net that examples/overfeat.py, ohem.py, ap_loss.py or weak_localization.py trained: draws and prints what it finds.
 
     python examples/detect.py --weights runs/overfeat/weights.npz picture.jpg ...           # drawn into detections/
     python examples/detect.py --weights runs/overfeat/weights.npz --json picture.jpg ...    # JSON on standard output
@@ -17,7 +17,7 @@ import tinydet                                                      # before num
 import numpy as np
 
 from tinydet import data, draw, files, proposals, train, weights
-from tinydet.models import fast_rcnn, overfeat, overfeat_detect, retinanet
+from tinydet.models import fast_rcnn, oquab, oquab_weak, overfeat, overfeat_detect, retinanet
 
 
 def arguments(argv=None):
@@ -65,6 +65,13 @@ def load(args, put):
         net.to(put)
         combining = {k: settings[k] for k in ("merging", "threshold", "mode") if k in settings}
         return net, settings, lambda image, stem: overfeat_detect.detect(net, image, **combining)
+    if model == "oquab":
+        net, settings = oquab.load(args.weights)
+        if net.spec.head != "weak" or not isinstance(settings.get("frame"), int):
+            raise ValueError(f"detect: {args.weights} must hold a net of examples/weak_localization.py, got one with the head {net.spec.head!r}")
+        net.to(put)
+        looking = settings["frame"], tuple(settings.get("scales", oquab_weak.SCALES)), settings.get("align", "centres")
+        return net, settings, lambda image, stem: oquab_weak.detect(net, image, *looking)
     net, settings = fast_rcnn.load(args.weights)
     net.to(put)
     source = args.proposals or settings.get("windows")

@@ -1,6 +1,5 @@
 """What transfer.py and weak_localization.py share: the net that they start from, figures of whole images, pictures."""
 import dataclasses
-import json
 import math
 from pathlib import Path
 
@@ -9,14 +8,16 @@ import numpy as np
 import pretrain
 from PIL import ImageDraw
 
-from tinydet import data, draw, evaluate, evaluate_classification, files
+from tinydet import data, draw, evaluate_classification, files, scenes
 from tinydet.models import oquab
 
 SHOWN = 4                           # images whose maps are kept while a net trains
+MOST = 8                            # images on maps.png
 
 
 def add_arguments(parser):
     a = parser.add_argument
+    a("--eval-scenes", type=common.count, default=100, help="embedded scenes to evaluate (%(default)s)")
     a("--weights", metavar="FILE", help="the source net, of examples/pretrain.py (default: <out>/pretrain/weights.npz, trained first if it is not there)")
     a("--start", choices=("pretrained", "random"), default="pretrained", help="random: no source net (%(default)s)")
     a("--trains", choices=oquab.TRAINS, help="the adaptation layers alone, FC6 too, or all (default: head; with --start random all)")
@@ -36,6 +37,13 @@ def check(parser, args):
         parser.error(f"--dropout must lie in [0, 1), got {args.dropout}")
     if args.tolerance is not None and not 0 <= args.tolerance < math.inf:
         parser.error(f"--tolerance must not be negative, got {args.tolerance}")
+
+
+def read(args):
+    """Training and evaluation examples, and the class names."""
+    if args.data:
+        return common.read(args)
+    return scenes.scenes(args.scenes, 0, "train"), scenes.scenes(args.eval_scenes, 0, args.eval_set), scenes.CLASSES
 
 
 def build(args, put, examples, classes, head, **more):
@@ -74,7 +82,8 @@ def scored(run, variant, examples, classes, tolerance, scores, points=None, conf
     if points is not None:
         hits = evaluate_classification.location_hits(points, examples, tolerance)
         ranked["location_ap"] = scores if confidences is None else confidences, hits, there
-    return common.keep_ranking(run, variant, ranked, classes)
+    means = common.keep_ranking(run, variant, ranked, classes)
+    return {metric: None if math.isnan(mean) else mean for metric, mean in means.items()}       # NaN is no JSON
 
 
 def middles(examples, K):
@@ -82,8 +91,12 @@ def middles(examples, K):
     return np.repeat(np.array([e.size for e in examples], float)[:, None] / 2, K, 1)
 
 
-def finish(run, args, examples, classes, scores, maps, points, found, low, high):
-    """Tables and pictures. maps(i): {class: (h, w)} over the whole of image i; found: {variant: {metric: value}}."""
+def finish(run, args, examples, classes, scores, maps, points, found):
+    """Tables and pictures. maps(i): (K, h, w), not negative, over the whole of image i; found: {variant: {metric: value}}.
+
+    All maps have one scale of colours, from 0 to the largest value on maps.png.
+    """
+    low, high = 0.0, max(float(maps(i).max()) for i in range(min(MOST, len(examples))))
     results = evaluate_classification.classification_ap(scores, evaluate_classification.presence(examples, len(classes)), classes)
     draw.precision_recall(results, run.folder / "precision_recall.png", f"{args.name}: {args.eval_set}, images of the class")
     draw.save(maps_sheet(examples, classes, scores, maps, points, low, high), run.folder / "maps.png")
@@ -128,22 +141,24 @@ def map_picture(example, k, values, point, low, high, side=220):
     return picture
 
 
-def maps_sheet(examples, classes, scores, maps, points, low, high, most=8):
+def maps_sheet(examples, classes, scores, maps, points, low, high):
     """Images, each with the maps of the class that is there and scores highest, and of the highest one that is not there."""
     pictures, captions = [], []
-    for i, e in enumerate(examples[:most]):
+    for i, e in enumerate(examples[:MOST]):
         there, of = np.isin(np.arange(len(classes)), e.image_labels()), maps(i)
         pictures.append(draw.boxes(e.image(), e.boxes, e.labels, classes, enlarge=220 / max(e.size), bracket=e.difficult))
         captions.append(e.name[:30])
         for kind, kept in (("there", there), ("not there", ~there)):
             k = int(np.where(kept, scores[i], -np.inf).argmax())
             pictures.append(map_picture(e, k, of[k], points[i, k], low, high))
-            captions.append(f"{kind}: {classes[k]} {scores[i, k]:.2f}"[:34])
+            captions.append(f"{'none ' * (not kept.any())}{kind}: {classes[k]} {scores[i, k]:.2f}"[:34])
     return draw.sheet(pictures, 6, captions)
 
 
 def keep_maps(run, step, maps):
     """Keep what the maps of a few images look like at a step: a list of (h, w), or of None where an image shows none."""
+    if all(m is None for m in maps):
+        return
     folder = run.folder / "maps"
     folder.mkdir(exist_ok=True)
     files.write_arrays(folder / f"{step}.npz", {str(i): np.asarray(m, np.float32) for i, m in enumerate(maps) if m is not None}, {"step": step})

@@ -111,9 +111,9 @@ def given_boxes(example, K):
     boxes, labels = example.usable()
     if not len(boxes):
         return np.zeros((0, 4)), np.zeros((0, K), int)
-    different, place_ = np.unique(boxes, axis=0, return_inverse=True)
+    different, which = np.unique(boxes, axis=0, return_inverse=True)
     of = np.zeros((len(different), K), int)
-    of[place_.reshape(-1), labels] = 1
+    of[which.reshape(-1), labels] = 1
     return different, of
 
 
@@ -197,7 +197,9 @@ def evaluate_boxes(run, net, patches, classes):
 def main(args, put):
     start = time.perf_counter()
     draw.require()
-    examples, held_out, classes = common.read(args)
+    examples, held_out, classes = image_level.read(args)
+    if args.patches == "boxes" and not any(len(e.usable()[0]) for e in held_out):
+        raise ValueError(f"transfer: --patches boxes needs boxes to evaluate, not difficult, got none in {len(held_out)} images")
     K = len(classes)
     net = image_level.build(args, put, examples, classes, "strong")
     run = train.Run(Path(args.out) / args.name, common.settings(args, "measure_every", "tolerance", "k", "reduce"), args.resume)
@@ -250,11 +252,9 @@ def main(args, put):
     else:
         draw.measurements(curve, ("class_ap",), run.folder / "curve.png")
         found, scores, points, seen = evaluate_all(args, run, net, unseen, classes)
-        most = 1.0 if args.reduce == "mean" else max(float(heat(args, e, *s).max()) for e, s in list(zip(held_out, seen))[:8])
-
         def maps(i):
             return np.moveaxis(heat(args, held_out[i], *seen[i]), 2, 0)
-        image_level.finish(run, args, held_out, classes, scores, maps, points, found, 0.0, most)
+        image_level.finish(run, args, held_out, classes, scores, maps, points, found)
     return common.keep_results(run, args, {"images": len(held_out), **found.pop(""), "also": found, "curve": curve, "patches": len(labels),
                                            "seconds": None if args.resume else round(time.perf_counter() - start)})
 

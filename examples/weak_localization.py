@@ -54,7 +54,7 @@ def arguments(argv=None):
     a("--steps", type=common.count, default=3000, help="training steps (%(default)s)")
     a("--batch", type=common.count, default=16, help="images a step (%(default)s)")
     a("--optimizer", choices=("adagrad", "sgd"), default="adagrad", help="(%(default)s)")
-    a("--lr", type=float, default=0.01, help="learning rate; of sgd the first, along a cosine (%(default)s)")
+    a("--lr", type=float, default=0.03, help="learning rate; of sgd the first, along a cosine (%(default)s)")
     a("--weight-decay", type=float, default=5e-4, help="(%(default)s)")
     a("--dropout", type=float, default=0.2, help="of whole maps of FC7 and FCa (%(default)s)")
     chosen = parser.parse_args(argv)
@@ -100,17 +100,21 @@ def features(args, net, frames, factors, put):
     return [np.concatenate(some) for some in found]
 
 
+def scales_of(args):
+    return (1,) if args.whole else SCALES
+
+
 def look(args, net, frames, i):
     """The maps of image i at every scale, and the combined one over the photograph: (h, w, K), raw scores, and the frame's factor."""
     x, factor, size = frames.of(i)
-    scales = (1,) if args.whole else SCALES
+    scales = scales_of(args)
     maps = oquab_weak.look(net, x, scales)
     return maps, oquab_weak.combined(net, maps, scales, frames.side, size, args.align), factor
 
 
 def evaluate_all(args, run, net, frames, classes):
     """Figures of all variants, scores (N, K), points (N, K, 2), and the boxes of each image."""
-    examples, K, scales = frames.examples, len(classes), (1,) if args.whole else SCALES
+    examples, K, scales = frames.examples, len(classes), scales_of(args)
     single, points, surest, stretched, boxes = [], [], [], [], []
     for i, e in enumerate(train.progress(examples, desc="evaluate", unit="image")):
         maps, heat, factor = look(args, net, frames, i)
@@ -118,8 +122,7 @@ def evaluate_all(args, run, net, frames, classes):
         point, score = oquab_weak.locate(heat, factor)
         points.append(point)
         surest.append(score)
-        x, _, size = frames.of(i)
-        stretched.append(oquab_weak.locate(oquab_weak.combined(net, maps, scales, frames.side, size, "stretch"), factor))
+        stretched.append(oquab_weak.locate(oquab_weak.combined(net, maps, scales, frames.side, heat.shape[:2], "stretch"), factor))
         boxes.append(oquab_weak.boxes(logistic_loss.sigmoid(heat), factor, e.image().shape[:2]))
     single, points = np.array(single), np.array(points)
     scores = single.mean(1)
@@ -141,7 +144,7 @@ def evaluate_all(args, run, net, frames, classes):
 def main(args, put):
     start = time.perf_counter()
     draw.require()
-    examples, held_out, classes = common.read(args)
+    examples, held_out, classes = image_level.read(args)
     K = len(classes)
     net = image_level.build(args, put, examples, classes, "weak", adapt_kernel=args.adapt_kernel)
     window = net.table.window
@@ -195,12 +198,13 @@ def main(args, put):
     curve = measure(args.steps)
     draw.measurements(curve, ("class_ap",), run.folder / "curve.png")
     found, scores, points, boxes = evaluate_all(args, run, net, unseen, classes)
-    oquab.save(net, run.folder / "weights.npz", {"frame": args.frame, "whole": args.whole, "align": args.align})
+    cut = {name: evaluate.best_threshold(r) for name, r in evaluate.voc(boxes, held_out, classes, IOUS[-1]).items()}
+    oquab.save(net, run.folder / "weights.npz", {"frame": args.frame, "scales": scales_of(args), "align": args.align, "cut": cut})
     files.write(run.folder / "detections.json", json.dumps(common.records(boxes, held_out, classes)))
 
     def maps(i):
         return logistic_loss.sigmoid(np.moveaxis(look(args, net, unseen, i)[1], 2, 0))
-    image_level.finish(run, args, held_out, classes, scores, maps, points, found, 0.0, 1.0)
+    image_level.finish(run, args, held_out, classes, scores, maps, points, found)
     return common.keep_results(run, args, {"images": len(held_out), **found.pop(""), "also": found, "curve": curve,
                                            "seconds": None if args.resume else round(time.perf_counter() - start)})
 

@@ -488,6 +488,16 @@ def test_programs_and_weights_of_other_runs(errors):
     assert runs["discs", "boxes", 0].shown[-6:-4] == ["--steps", "4"] and "--every" not in runs["discs", "boxes", 0].shown
 
 
+def test_a_set_that_comes_with_the_package_needs_no_folder(errors, tmp_path):
+    """Its programs get no --data, and the command shown has none."""
+    table = ERRORS_TABLE.replace('"discs"', '"own"').replace("@discs", "@own") + 'EMBEDDED = ("own",)\nON["own"].remove("boxes")\n'
+    (tmp_path / "claims_toy.py").write_text(table)
+    assert not (tmp_path / "sets" / "own").exists()
+    found = errors("--quick")
+    command = found["arms"]["own"]["few"]["command"]
+    assert "--data" not in command and "errors.py" in command
+
+
 def test_a_list_of_quick_options_is_for_all_programs(errors, tmp_path):
     by_program = '{"toy.py": ["--steps", "4"], "errors.py": ["--every", "5"]}'
     assert by_program in ERRORS_TABLE

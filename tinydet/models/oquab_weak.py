@@ -218,6 +218,16 @@ def boxes(map, factor, size, sides=SIDES, ratios=RATIOS, step=0.15, threshold=0.
     return found[best], labels[best], score[best]
 
 
+def detect(net, image, side, scales=SCALES, align="centres"):
+    """Boxes of one image (uint8 (H, W, 3)) from its labels alone: frame, look, combined, and boxes() of the map's sigmoid.
+
+    side: of the frame. Returns boxes (R, 4) in pixels of the image, labels (R,), scores (R,), best first. Raises as those.
+    """
+    x, factor, size = frame(net, image, side)
+    heat = combined(net, look(net, x, scales), scales, side, size, align)
+    return boxes(logistic_loss.sigmoid(heat), factor, image.shape[:2])
+
+
 def _whole(boxes, h, w):
     """Boxes rounded to whole pixels, halves up, and cut at the map."""
     return box_ops.clip(np.floor(boxes + 0.5), h, w)
