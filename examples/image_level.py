@@ -18,11 +18,12 @@ MOST = 8                            # images on maps.png
 def add_arguments(parser):
     a = parser.add_argument
     a("--eval-scenes", type=common.count, default=100, help="embedded scenes to evaluate (%(default)s)")
-    a("--weights", metavar="FILE", help="the source net, of examples/pretrain.py (default: <out>/pretrain/weights.npz, trained first if it is not there)")
+    a("--weights", metavar="FILE", help="the source net, of examples/pretrain.py (default: <out>/pretrain/weights.npz, trained first if it is not there); "
+      "of one with --classical dropout give its --dropout")
     a("--start", choices=("pretrained", "random"), default="pretrained", help="random: no source net (%(default)s)")
     a("--trains", choices=oquab.TRAINS, help="the adaptation layers alone, FC6 too, or all (default: head; with --start random all)")
-    a("--table", choices=oquab.TABLES, default="small", help="the net of --start random; else that of the weights (%(default)s)")
-    a("--width", type=float, default=1.0, help="factor on its channels (%(default)s)")
+    a("--table", choices=oquab.TABLES, help="the net of --start random (small); else it is that of the weights")
+    a("--width", type=float, help="factor on its channels (1)")
     a("--adapt", type=common.count, metavar="UNITS", help="of FCa (default: that of the net: 2048, small 128)")
     a("--tolerance", type=float, metavar="PIXELS", help="a place counts in a box that is grown by it (18, as in the paper; small 4, half its stride)")
     a("--measure-every", type=common.count, metavar="STEPS", help="average precision, and maps of some images (default: a fifth of the steps)")
@@ -33,6 +34,10 @@ def check(parser, args):
     common.check(parser, args)
     args.trains = args.trains or ("head" if args.start == "pretrained" else "all")
     args.measure_every = args.measure_every or -(-args.steps // 5)
+    if args.start == "random" and args.weights or args.start != "random" and (args.table or args.width is not None):
+        parser.error("--weights belong to --start pretrained, --table and --width to --start random")
+    if args.name == "pretrain":
+        parser.error("--name must not be that of the source net, pretrain")
     if not 0 <= args.dropout < 1:
         parser.error(f"--dropout must lie in [0, 1), got {args.dropout}")
     if args.tolerance is not None and not 0 <= args.tolerance < math.inf:
@@ -51,7 +56,7 @@ def build(args, put, examples, classes, head, **more):
     rng, own = np.random.default_rng(args.seed), {"classes": tuple(classes), "head": head, "dropout": args.dropout, "adapt": args.adapt, **more}
     if args.start == "random":
         mean, std = data.mean_std(examples)
-        net = oquab.Oquab(oquab.Spec(table=args.table, width=args.width, mean=mean, std=std, **own), rng)
+        net = oquab.Oquab(oquab.Spec(table=args.table or "small", width=1.0 if args.width is None else args.width, mean=mean, std=std, **own), rng)
     else:
         if not args.weights:
             args.weights = str(_trained(args, put))
@@ -67,6 +72,8 @@ def _trained(args, put):
     """Weights of <out>/pretrain, which is trained, or trained to the end, if they are not there."""
     folder = Path(args.out) / "pretrain"
     if not (folder / "weights.npz").is_file():
+        if (Path(args.out) / args.name / "config.json").exists() and not args.resume:
+            raise FileExistsError(f"{Path(args.out) / args.name} holds a run already; resume it, or choose another name")
         print(f"first the source net, into {folder}")
         resume = ["--resume"] if (folder / "config.json").exists() else []
         pretrain.main(pretrain.arguments(["--out", args.out, "--backend", args.backend, "--seed", str(args.seed), *resume]), put)

@@ -202,12 +202,15 @@ def main(args, put):
         raise ValueError(f"transfer: --patches boxes needs boxes to evaluate, not difficult, got none in {len(held_out)} images")
     K = len(classes)
     net = image_level.build(args, put, examples, classes, "strong")
-    run = train.Run(Path(args.out) / args.name, common.settings(args, "measure_every", "tolerance", "k", "reduce"), args.resume)
     side = net.table.window
     patches, unseen = (Patches(some, side, args.patches) for some in (examples, held_out))
+    if args.patches == "boxes" and not any(len(e.usable()[0]) for e in held_out):
+        raise ValueError("transfer: the evaluation images must hold at least one box, got none")
     print(f"{len(examples)} training and {len(held_out)} evaluation images, {K} classes, window {side}; trains: {args.trains}")
     print(summary(net, (1, side, side, 3)), flush=True)
     image, boxes, labels = training_patches(args, examples, K)
+    optimizer = optim.SGD(net, args.momentum, args.weight_decay)
+    run = train.Run(Path(args.out) / args.name, common.settings(args, "measure_every", "tolerance", "k", "reduce"), args.resume)
     y = None if args.trains == "all" else features(args, run, net, patches, image, boxes)
     rest = oquab.rest(net, args.trains)
 
@@ -236,7 +239,6 @@ def main(args, put):
         image_level.keep_maps(run, i, [None if k is None else heat(args, e, tiles, p)[..., k] for e, k, tiles, p in shown])
         return common.keep_point(run, {"step": i, "class_ap": evaluate.mean_ap(found)})
 
-    optimizer = optim.SGD(net, args.momentum, args.weight_decay)
     third = args.steps // 3
     schedule = optim.step_schedule(args.lr, [third, 2 * third] if third else [], 0.1)
     train.fit(run, net, optimizer, schedule, args.steps, step, args.checkpoint_every, prepare, args.workers)

@@ -62,6 +62,8 @@ def arguments(argv=None):
         parser.set_defaults(**PRESETS[chosen.preset])
     args = parser.parse_args(argv)
     image_level.check(parser, args)
+    if not args.whole and args.frame < min(table.window for table in oquab.TABLES.values()):
+        parser.error(f"--frame must hold a window of the net, got {args.frame} pixels")
     if not 0 <= args.cached <= 100:
         parser.error(f"--cached must lie in 0..100, got {args.cached}")
     return args
@@ -152,14 +154,15 @@ def main(args, put):
         args.frame, args.cached = window, min(args.cached, 1)
     if args.frame < window:
         raise ValueError(f"--frame must hold a window of {window} pixels, got {args.frame}")
+    optimizer = (optim.AdaGrad if args.optimizer == "adagrad" else optim.SGD)(net, weight_decay=args.weight_decay)
     run = train.Run(Path(args.out) / args.name, common.settings(args, "measure_every", "tolerance", "align"), args.resume)
     low, high = (1.0, 1.0) if args.whole else oquab_weak.TRAIN_SCALES
     frames, unseen = (Frames(net, some, args.frame, K) for some in (examples, held_out))
     print(f"{len(examples)} training and {len(held_out)} evaluation images, {K} classes, frame {args.frame}, window {window}; trains: {args.trains}")
     print(summary(net, (1, args.frame, args.frame, 3)), flush=True)
     cached = args.cached if args.trains == "head" else 0
-    factors = np.geomspace(low, high, cached).tolist()
-    kept = features(args, net, frames, factors, put)
+    factors = np.geomspace(low, high, cached).tolist() if cached != 1 else [1.0]
+    kept = features(args, net, frames, factors, put) if cached else []
     rest = oquab.rest(net, args.trains)
 
     def prepare(i):
@@ -189,10 +192,7 @@ def main(args, put):
         image_level.keep_maps(run, i, [None if k is None else logistic_loss.sigmoid(heat[..., k]) for k, heat in shown])
         return common.keep_point(run, {"step": i, "class_ap": evaluate.mean_ap(found)})
 
-    if args.optimizer == "adagrad":
-        optimizer, schedule = optim.AdaGrad(net, args.weight_decay), lambda i: args.lr
-    else:
-        optimizer, schedule = optim.SGD(net, 0.9, args.weight_decay), optim.cosine_schedule(args.lr, args.steps, args.steps // 20)
+    schedule = (lambda i: args.lr) if args.optimizer == "adagrad" else optim.cosine_schedule(args.lr, args.steps, args.steps // 20)
     train.fit(run, net, optimizer, schedule, args.steps, step, args.checkpoint_every, prepare, args.workers)
     draw.loss_curves(run.metrics(), ("loss",), run.folder / "loss.png")
     curve = measure(args.steps)
