@@ -27,7 +27,7 @@ def add_arguments(parser, name):
     """The arguments of every training program; name: that of its runs."""
     a = parser.add_argument
     a("--data", metavar="FOLDER", help="a PASCAL VOC, YOLO or COCO folder (default: embedded scenes)")
-    a("--scenes", type=count, default=400, help="embedded scenes to train on; a quarter as many are evaluated (%(default)s)")
+    a("--scenes", type=count, default=400, help="embedded scenes to train on; a quarter as many are evaluated, unless another option says how many (%(default)s)")
     a("--train-set", default="train", help="image set to train on (%(default)s)")
     a("--eval-set", default="val", help="image set to evaluate; without a val list, a seeded fifth of the training set (%(default)s)")
     a("--seed", type=int, default=0, help="of weights, training images and order (%(default)s)")

@@ -8,7 +8,7 @@ import numpy as np
 import pretrain
 from PIL import ImageDraw
 
-from tinydet import data, draw, evaluate_classification, files, scenes
+from tinydet import data, draw, evaluate, evaluate_classification, files, scenes
 from tinydet.models import oquab
 
 SHOWN = 4                           # images whose maps are kept while a net trains
@@ -27,13 +27,13 @@ def add_arguments(parser):
     a("--adapt", type=common.count, metavar="UNITS", help="of FCa (default: that of the net: 2048, small 128)")
     a("--tolerance", type=float, metavar="PIXELS", help="a place counts in a box that is grown by it (18, as in the paper; small 4, half its stride)")
     a("--measure-every", type=common.count, metavar="STEPS", help="average precision, and maps of some images (default: a fifth of the steps)")
+    parser.set_defaults(epochs=None, scratch={})                    # of presets: in place of steps; fields of the Spec of --start random
 
 
 def check(parser, args):
     """Settle what depends on other arguments, and refuse what argparse alone lets pass."""
     common.check(parser, args)
     args.trains = args.trains or ("head" if args.start == "pretrained" else "all")
-    args.measure_every = args.measure_every or -(-args.steps // 5)
     if args.start == "random" and args.weights or args.start != "random" and (args.table or args.width is not None):
         parser.error("--weights belong to --start pretrained, --table and --width to --start random")
     if args.name == "pretrain":
@@ -42,6 +42,12 @@ def check(parser, args):
         parser.error(f"--dropout must lie in [0, 1), got {args.dropout}")
     if args.tolerance is not None and not 0 <= args.tolerance < math.inf:
         parser.error(f"--tolerance must not be negative, got {args.tolerance}")
+
+
+def settle(args, samples, steps):
+    """Set the number of steps, if none is given: `steps`, or the epochs of a preset for so many samples; and measure_every."""
+    args.steps = args.steps or (math.ceil(args.epochs * samples / args.batch) if args.epochs else steps)
+    args.measure_every = args.measure_every or -(-args.steps // 5)
 
 
 def read(args):
@@ -56,7 +62,8 @@ def build(args, put, examples, classes, head, **more):
     rng, own = np.random.default_rng(args.seed), {"classes": tuple(classes), "head": head, "dropout": args.dropout, "adapt": args.adapt, **more}
     if args.start == "random":
         mean, std = data.mean_std(examples)
-        net = oquab.Oquab(oquab.Spec(table=args.table or "small", width=1.0 if args.width is None else args.width, mean=mean, std=std, **own), rng)
+        given = {k: v for k, v in (("table", args.table), ("width", args.width)) if v is not None}
+        net = oquab.Oquab(oquab.Spec(**{"mean": mean, "std": std, **args.scratch, **given, **own}), rng)
     else:
         if not args.weights:
             args.weights = str(_trained(args, put))
@@ -77,20 +84,32 @@ def _trained(args, put):
         print(f"first the source net, into {folder}")
         resume = ["--resume"] if (folder / "config.json").exists() else []
         pretrain.main(pretrain.arguments(["--out", args.out, "--backend", args.backend, "--seed", str(args.seed), *resume]), put)
+        args.resume = args.resume and (Path(args.out) / args.name / "config.json").exists()         # what was stopped may have been this
     return folder / "weights.npz"
 
 
 # Figures of whole images
 
 def scored(run, variant, examples, classes, tolerance, scores, points=None, confidences=None):
-    """class_ap of scores (N, K), and with points (N, K, 2) location_ap by confidences (N, K), default scores. Keeps the rankings."""
+    """class_ap of scores (N, K), and with points (N, K, 2) location_ap by confidences (N, K), default scores. Keeps the rankings.
+
+    An image that has a class as its tag alone does not count for the place of that class. None where nothing counts.
+    """
     there = evaluate_classification.presence(examples, len(classes))
     ranked = {} if scores is None else {"class_ap": (scores, there == 1, there)}
     if points is not None:
         hits = evaluate_classification.location_hits(points, examples, tolerance)
-        ranked["location_ap"] = scores if confidences is None else confidences, hits, there
+        boxed = np.array([np.isin(np.arange(len(classes)), e.labels) for e in examples])
+        ranked["location_ap"] = scores if confidences is None else confidences, hits, np.where((there == 1) & ~boxed, -1, there)
     means = common.keep_ranking(run, variant, ranked, classes)
     return {metric: None if math.isnan(mean) else mean for metric, mean in means.items()}       # NaN is no JSON
+
+
+def eleven_point(scores, examples, classes):
+    """class_ap as VOC 2007 has it: the mean at eleven recalls."""
+    results = evaluate_classification.classification_ap(scores, evaluate_classification.presence(examples, len(classes)), classes, True)
+    mean = evaluate.mean_ap(results)
+    return {"class_ap_11point": None if math.isnan(mean) else mean}
 
 
 def middles(examples, K):

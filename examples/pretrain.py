@@ -30,9 +30,10 @@ from tinydet.summary import summary
 
 # Notes, sec. 1. The rate falls when the training loss no longer does; three rounds. CHOICE: 90 epochs of one view an image, in equal parts
 PRESETS = {"paper": {"table": "6144", "init": 0.01, "dropout": 0.5, "classical": True, "batch": 128, "lr": 0.01, "momentum": 0.9,
-                     "weight_decay": 5e-4, "epochs": 90}}
+                     "weight_decay": 5e-4, "epochs": 90, "std": 1.0}}
 CLASSES = {"near": scenes.NEAR, "far": scenes.FAR, "all": scenes.NEAR + scenes.FAR}
 ERRORS = {"top1_error": 1, "top5_error": 5}
+MEASURED = 300                      # images of the evaluation set that points of the curve look at
 SHORT = 256 / 224                   # short side of training images, of the window
 
 
@@ -47,6 +48,7 @@ def arguments(argv=None):
     a("--width", type=float, default=1.0, help="factor on its channels (%(default)s)")
     a("--init", type=float, metavar="STD", default=0.0, help="of all weights at the start; 0: He's rule (%(default)s)")
     a("--dropout", type=float, default=0.1, help="of FC6 and FC7 (%(default)s)")
+    a("--std", type=float, default=0.0, help="what pixels are divided by, their mean subtracted; 0: their standard deviation (%(default)s; the paper divides by nothing: 1)")
     a("--classical", action="store_true", help="dropout that scales at test time, as the paper's, not in training")
     a("--batch", type=common.count, default=64, help="images a step (%(default)s)")
     a("--steps", type=common.count, help="training steps (1500; --preset: its epochs)")
@@ -74,7 +76,8 @@ def read(args):
         classes = CLASSES[args.classes]
         return *(scenes.close_ups(n, 0, split, classes, side) for n, split in zip(counts, ("train", args.eval_set))), classes
     if not data.layout(args.data).__name__.endswith("idx"):
-        return common.read_labelled(args)
+        *sets, classes = common.read_labelled(args)
+        return *([some[i] for i in np.random.default_rng(0).permutation(len(some))] for some in sets), classes      # folders come class by class
     items, held_out, classes = common.read_items(args)
     clutter = {"size": side, "sides": (side * 5 // 8, side), "fragments": (0, 2)}
     return *(canvases.canvases(some, n, 0, split, **clutter) for some, n, split in
@@ -98,7 +101,7 @@ def main(args, put):
     args.measure_every = args.measure_every or -(-args.steps // 5)
     mean, std = data.mean_std(examples)
     spec = oquab.Spec(tuple(classes), args.table, width=args.width, dropout=args.dropout, inverted=not args.classical, init=args.init or None,
-                      mean=mean, std=std)
+                      mean=mean, std=args.std or std)
     net = oquab.Oquab(spec, np.random.default_rng(args.seed)).to(put)
     optimizer = optim.SGD(net, args.momentum, args.weight_decay)
     run = train.Run(Path(args.out) / args.name, common.settings(args, "measure_every"), args.resume)
@@ -127,8 +130,8 @@ def main(args, put):
         return softmax_loss.softmax(scores)[:, 0, 0].mean(0)
 
     def measure(i):
-        seen = np.array([say(e) for e in held_out[:300]])
-        return common.keep_point(run, {"step": i, "top1_error": top_k_error(seen, true[:300], 1).error})
+        seen = np.array([say(e) for e in held_out[:MEASURED]])
+        return common.keep_point(run, {"step": i, "top1_error": top_k_error(seen, true[:MEASURED], 1).error})
 
     if args.preset:
         schedule = optim.step_schedule(args.lr, [args.steps // 3, 2 * args.steps // 3], 0.1)

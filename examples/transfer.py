@@ -7,16 +7,19 @@
 
 Images become square patches on a grid (sec. 3.2), labelled by overlap with the boxes; a share of the background trains. An image's score for a class
 is the mean over its patches of y^k (sec. 3.3), its map the mean (or sum) of y over the patches that cover a pixel. The features are computed
-once (features.npz). Everything goes to runs/<name>/: config.json, metrics.jsonl, checkpoint.npz, weights.npz, results.json, and
+once. Everything goes to runs/<name>/: config.json, metrics.jsonl, checkpoint.npz, weights.npz, results.json, loss.png, precision_recall.png, and
+features-<number>.npy                   of the frozen layers; the number stands for these layers and the patches
 ranking.json, ranking_<variant>.json    what average precision is made of: with other k, the whole image alone, the sum of y, the image's middle
 curve.json, curve.png                   average precision by image while it trained
-maps.png, maps_training.png             where it sees a class, and how that came about
+maps.png, maps_training.png, maps/      where it sees a class, and how that came about
 false_positives/                        for each class the images without it that score highest
+With --patches boxes a patch is judged for each given box, and there are no maps; the background, which has no example then, keeps its output.
 A run that was stopped goes on with --resume.
 """
 import argparse
 import math
 import time
+import zlib
 from pathlib import Path
 
 import common                                                       # before numpy, as tinydet: sets how BLAS threads wait
@@ -29,9 +32,12 @@ from tinydet.models import oquab, oquab_patches
 from tinydet.ops import softmax_loss
 from tinydet.summary import summary
 
-# Notes, sec. 2 and 3; "action": PRE-1512U. The rate falls to a tenth after each third of the steps (three rounds)
-PAPER = {"lambdas": list(oquab_patches.LAMBDAS), "overlap": 2 / 3, "background": 0.1, "lr": 0.01, "dropout": 0.5, "k": 5.0}
-PRESETS = {"paper": PAPER, "action": {"patches": "boxes", "trains": "fc6"}}
+# Notes, sec. 1 to 3; "action": PRE-1512U. The rate falls to a tenth after each third of the steps (three rounds). CHOICE: 30 epochs, where
+# the paper trains until the loss no longer falls; scratch: the net of --start random, the paper's NO PRETRAIN
+PAPER = {"lambdas": list(oquab_patches.LAMBDAS), "overlap": 2 / 3, "background": 0.1, "lr": 0.01, "batch": 128, "dropout": 0.5, "k": 5.0,
+         "epochs": 30, "scratch": {"table": "6144", "init": 0.01, "inverted": False, "std": 1.0}}
+PRESETS = {"paper": PAPER, "action": {**PAPER, "patches": "boxes", "trains": "fc6"}}
+MEASURED = 60                       # images of the evaluation set that points of the curve look at
 POWERS = (1, 3, 5, 10)              # variants of k
 AT_ONCE = 64                        # patches that go through the net together
 
@@ -49,7 +55,7 @@ def arguments(argv=None):
     a("--same-class-ok", action="store_true", help="patches with two objects of one class train, too")
     a("--k", type=float, default=5.0, help="exponent of y in an image's score (%(default)s)")
     a("--reduce", choices=("mean", "sum"), default="mean", help="maps: over the patches that cover a pixel (%(default)s, the paper; its slides: sum)")
-    a("--steps", type=common.count, default=3000, help="training steps (%(default)s)")
+    a("--steps", type=common.count, help="training steps (3000; --preset: its epochs)")
     a("--batch", type=common.count, default=64, help="patches a step (%(default)s)")
     a("--lr", type=float, default=0.05, help="first learning rate (%(default)s)")
     a("--momentum", type=float, default=0.9, help="(%(default)s)")
@@ -67,7 +73,7 @@ def arguments(argv=None):
 
 
 class Patches:
-    """The patches of images: image (M,), boxes (M, 4) float64, labels (M,) (-1: several classes at once)."""
+    """What patches of images look like; kind: "tiles" are cut out, "boxes" have a square around them, mirrored at the border."""
 
     def __init__(self, examples, side, kind):
         self.examples, self.side, self.kind = examples, side, kind
@@ -99,8 +105,8 @@ def training_patches(args, examples, K):
         labels.append(answer)
     image, boxes, labels = map(np.concatenate, (image, boxes, labels))
     kept = oquab_patches.resample(labels, K, args.background, np.random.default_rng(0))
-    if not len(kept):
-        raise ValueError(f"transfer: the training images must give at least one patch to train on, got none of {len(examples)} images")
+    if not (labels[kept] < K).any():
+        raise ValueError(f"transfer: the boxes of the training images must give at least one patch with an object, got none of {len(examples)} images")
     print("patches that train: " + f"{len(kept)} of {len(labels)}, {(labels[kept] < K).sum()} of a class, {(labels[kept] == K).sum()} of the background; "
           f"{(labels < 0).sum()} hold several objects")
     return image[kept], boxes[kept], labels[kept]
@@ -118,31 +124,40 @@ def given_boxes(example, K):
 
 
 def features(args, run, net, patches, image, boxes):
-    """What the layers that train take, (M, h, w, C), by the order of the patches: from features.npz, or made and kept there."""
-    path = run.folder / "features.npz"
-    if path.exists():
-        return files.read_arrays(path)[0]["y"]
-    found = []
-    for i in train.progress(np.unique(image), desc="features", unit="image"):
-        found.append(through(net, args.trains, patches.of(i, boxes[image == i])))
-    y = np.concatenate(found)
-    files.write_arrays(path, {"y": y}, {"patches": len(y)})
-    return y
+    """What the layers that train take, (M, h, w, C), by the order of the patches: a file in the run folder, made if it is not there.
+
+    It is read as it is needed, for the paper's runs would not fit into memory. Its name tells the frozen layers and the patches.
+    """
+    frozen = [to_numpy(a) for name, a in net.params.items() if name not in net.trained]
+    number = zlib.crc32(b"".join(np.ascontiguousarray(a).tobytes() for a in (*frozen, image, boxes)))
+    path = run.folder / f"features-{number:08x}.npy"
+    if not path.exists():
+        y, at = None, 0
+        with files.whole(path) as part:
+            for i in train.progress(np.unique(image), desc="features", unit="image"):
+                found = through(lambda x: oquab.frozen_part(net, x, args.trains), net, patches.of(i, boxes[image == i]))
+                if y is None:
+                    y = np.lib.format.open_memmap(part, "w+", found.dtype, (len(image), *found.shape[1:]))
+                y[at:at + len(found)] = found
+                at += len(found)
+            y.flush()
+    return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
-def through(net, trains, pixels):
-    """The frozen part's output for pixels, on the host; trains "nothing": the whole net's scores."""
-    found = []
-    for first in range(0, len(pixels), AT_ONCE):
-        x = place(net.normalise(pixels[first:first + AT_ONCE]))
-        found.append(to_numpy(net(x) if trains == "nothing" else oquab.frozen_part(net, x, trains)))
-    return np.concatenate(found)
+def through(layers, net, pixels):
+    """layers(x) on the host, AT_ONCE of the patches at a time; pixels: uint8 (R, side, side, 3)."""
+    return np.concatenate([to_numpy(layers(place(net.normalise(pixels[first:first + AT_ONCE])))) for first in range(0, len(pixels), AT_ONCE)])
+
+
+def probabilities(net, pixels):
+    """(R, K) float64: what the net says of patches, without the background's."""
+    return softmax_loss.softmax(through(net, net, pixels)[:, 0, 0].astype(np.float64))[:, :-1]
 
 
 def look(args, net, patches, i):
     """Tiles of image i and what the net says of each: (M, 4), (M, K) probabilities without the background's."""
     tiles = tiles_of(args, patches.examples[i])
-    return tiles, softmax_loss.softmax(through(net, "nothing", patches.of(i, tiles))[:, 0, 0].astype(np.float64))[:, :-1]
+    return tiles, probabilities(net, patches.of(i, tiles))
 
 
 def heat(args, example, tiles, y, reduce=None):
@@ -165,14 +180,14 @@ def evaluate_all(args, run, net, patches, classes):
         for k in scores:
             scores[k].append(oquab_patches.image_score(y, k))
         image = oquab_patches.cut(e.image(), np.array([[0.0, 0.0, *e.size]]), patches.side)
-        whole.append(softmax_loss.softmax(through(net, "nothing", image)[0, 0, 0].astype(np.float64))[:-1])
+        whole.append(probabilities(net, image)[0])
         for reduce in points:
             points[reduce].append(highest(heat(args, e, tiles, y, reduce)))
     scores, points = ({name: np.array(v) for name, v in of.items()} for of in (scores, points))
 
     def told(variant, *what):
         return image_level.scored(run, variant, examples, classes, args.tolerance, *what)
-    found = {"": told("", scores[args.k], points[args.reduce])}
+    found = {"": {**told("", scores[args.k], points[args.reduce]), **image_level.eleven_point(scores[args.k], examples, classes)}}
     for k in POWERS:
         found[f"k{k}"] = told(f"k{k}", scores[k])
     for reduce, where in points.items():
@@ -182,16 +197,11 @@ def evaluate_all(args, run, net, patches, classes):
     return found, scores[args.k], points[args.reduce], seen
 
 
-def evaluate_boxes(run, net, patches, classes):
-    """Average precision by given box: what the net says of the patch of each; the figures of the action task."""
-    scores, there = [], []
-    for i, e in enumerate(train.progress(patches.examples, desc="evaluate", unit="image")):
-        boxes, of = given_boxes(e, len(classes))
-        if len(boxes):
-            scores.append(softmax_loss.softmax(through(net, "nothing", patches.of(i, boxes))[:, 0, 0].astype(np.float64))[:, :-1])
-            there.append(of)
-    scores, there = np.concatenate(scores), np.concatenate(there)
-    return common.keep_ranking(run, "", {"class_ap": (scores, there == 1, there)}, classes), scores, there
+def judge_boxes(net, patches, classes):
+    """The action task: what the net says of the patch of each given box, (R, K), and which classes the box has, (R, K) of 0 and 1."""
+    found = [(probabilities(net, patches.of(i, boxes)), of) for i, e in enumerate(patches.examples)
+             for boxes, of in [given_boxes(e, len(classes))] if len(boxes)]
+    return tuple(np.concatenate(column) for column in zip(*found))
 
 
 def main(args, put):
@@ -201,14 +211,15 @@ def main(args, put):
     if args.patches == "boxes" and not any(len(e.usable()[0]) for e in held_out):
         raise ValueError(f"transfer: --patches boxes needs boxes to evaluate, not difficult, got none in {len(held_out)} images")
     K = len(classes)
+    if told := [e.name for e in examples if e.tags is not None and not len(e.boxes)]:
+        raise ValueError(f"transfer: the training images must have boxes, got labels of whole images, as {told[0]}: weak_localization.py learns from those")
     net = image_level.build(args, put, examples, classes, "strong")
     side = net.table.window
     patches, unseen = (Patches(some, side, args.patches) for some in (examples, held_out))
-    if args.patches == "boxes" and not any(len(e.usable()[0]) for e in held_out):
-        raise ValueError("transfer: the evaluation images must hold at least one box, got none")
     print(f"{len(examples)} training and {len(held_out)} evaluation images, {K} classes, window {side}; trains: {args.trains}")
     print(summary(net, (1, side, side, 3)), flush=True)
     image, boxes, labels = training_patches(args, examples, K)
+    image_level.settle(args, len(labels), 3000)
     optimizer = optim.SGD(net, args.momentum, args.weight_decay)
     run = train.Run(Path(args.out) / args.name, common.settings(args, "measure_every", "tolerance", "k", "reduce"), args.resume)
     y = None if args.trains == "all" else features(args, run, net, patches, image, boxes)
@@ -231,12 +242,13 @@ def main(args, put):
 
     def measure(i):
         if args.patches == "boxes":
-            return
-        seen = [look(args, net, unseen, j) for j in range(min(60, len(held_out)))]
-        scores = np.array([oquab_patches.image_score(p, args.k) for _, p in seen])
-        found = evaluate_classification.classification_ap(scores, evaluate_classification.presence(held_out[:len(seen)], K), classes)
-        shown = [(e, image_level.first_class(e), *s) for e, s in zip(held_out[:image_level.SHOWN], seen)]
-        image_level.keep_maps(run, i, [None if k is None else heat(args, e, tiles, p)[..., k] for e, k, tiles, p in shown])
+            found = evaluate_classification.classification_ap(*judge_boxes(net, unseen, classes), classes)
+        else:
+            seen = [look(args, net, unseen, j) for j in range(min(MEASURED, len(held_out)))]
+            scores = np.array([oquab_patches.image_score(p, args.k) for _, p in seen])
+            found = evaluate_classification.classification_ap(scores, evaluate_classification.presence(held_out[:len(seen)], K), classes)
+            shown = [(e, image_level.first_class(e), *s) for e, s in zip(held_out[:image_level.SHOWN], seen)]
+            image_level.keep_maps(run, i, [None if k is None else heat(args, e, tiles, p)[..., k] for e, k, tiles, p in shown])
         return common.keep_point(run, {"step": i, "class_ap": evaluate.mean_ap(found)})
 
     third = args.steps // 3
@@ -244,16 +256,17 @@ def main(args, put):
     train.fit(run, net, optimizer, schedule, args.steps, step, args.checkpoint_every, prepare, args.workers)
     oquab.save(net, run.folder / "weights.npz", {"lambdas": args.lambdas, "overlap": args.overlap, "k": args.k})
     draw.loss_curves(run.metrics(), ("loss",), run.folder / "loss.png")
-    curve = measure(args.steps) or []
+    curve = measure(args.steps)
+    draw.measurements(curve, ("class_ap",), run.folder / "curve.png")
     if args.patches == "boxes":
-        told, scores, there = evaluate_boxes(run, net, unseen, classes)
-        found = {"": told}
+        scores, there = judge_boxes(net, unseen, classes)
+        found = {"": common.keep_ranking(run, "", {"class_ap": (scores, there == 1, there)}, classes)}
         results = evaluate_classification.classification_ap(scores, there, classes)
         draw.precision_recall(results, run.folder / "precision_recall.png", f"{args.name}: {args.eval_set}, boxes of the class")
-        print("\n".join(f"{name:14} {r.ap:6.3f}" for name, r in results.items()) + f"\nmean           {told['class_ap']:6.3f}")
+        print("\n".join(f"{name:14} {r.ap:6.3f}" for name, r in results.items()) + f"\nmean           {found['']['class_ap']:6.3f}")
     else:
-        draw.measurements(curve, ("class_ap",), run.folder / "curve.png")
         found, scores, points, seen = evaluate_all(args, run, net, unseen, classes)
+
         def maps(i):
             return np.moveaxis(heat(args, held_out[i], *seen[i]), 2, 0)
         image_level.finish(run, args, held_out, classes, scores, maps, points, found)

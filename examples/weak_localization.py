@@ -9,10 +9,10 @@
 Training sees which classes an image holds, not where; the boxes of the data are used by --masked and by the evaluation. Each step takes
 --batch images at one scale; frozen features at a few fixed scales are computed once and kept in memory (--cached 0: at any scale, each time).
 Evaluation, at six scales: average precision by image, by place (one point an image and class), of boxes made from the maps.
-Everything goes to runs/<name>/: config.json, metrics.jsonl, checkpoint.npz, weights.npz, results.json, and
+Everything goes to runs/<name>/: config.json, metrics.jsonl, checkpoint.npz, weights.npz, results.json, loss.png, precision_recall.png, and
 ranking.json, ranking_<variant>.json    what average precision is made of: at one scale alone, of maps stretched, of the image's middle
 curve.json, curve.png                   average precision by image while it trained
-maps.png, maps_training.png             where it sees a class (sigmoid of the score), and how that came about
+maps.png, maps_training.png, maps/      where it sees a class (sigmoid of the score), and how that came about
 false_positives/                        for each class the images without it that score highest
 detections.json                         the boxes
 A run that was stopped goes on with --resume.
@@ -33,8 +33,10 @@ from tinydet.models import oquab, oquab_weak
 from tinydet.ops import logistic_loss
 from tinydet.summary import summary
 
-# Notes, sec. 4.3: the released script, which has 3x3 adaptation layers (the paper 1x1)
-PRESETS = {"paper": {"frame": 500, "cached": 0, "batch": 16, "optimizer": "adagrad", "lr": 1e-3, "weight_decay": 5e-4, "dropout": 0.5, "steps": 20 * 671}}
+# Notes, sec. 4.3: the released script's, but for its 3x3 adaptation layers (--adapt-kernel 3); scratch: the net of --start random
+PRESETS = {"paper": {"frame": 500, "cached": 0, "batch": 16, "optimizer": "adagrad", "lr": 1e-3, "weight_decay": 5e-4, "dropout": 0.5, "epochs": 20,
+                     "scratch": {"table": "6144", "init": 0.01, "inverted": False, "std": 1.0}}}
+MEASURED = 100                      # images of the evaluation set that points of the curve look at
 SCALES = oquab_weak.SCALES
 IOUS = (0.5, 0.3, 0.1)
 
@@ -51,7 +53,7 @@ def arguments(argv=None):
     a("--adapt-kernel", type=int, choices=(1, 3), default=1, help="of FCa and FCb (%(default)s, the paper; the released code: 3)")
     a("--cached", type=int, default=6, metavar="N", help="training scales whose features are kept, from 0.7 to 1.4; 0: any scale (%(default)s)")
     a("--align", choices=oquab_weak.ALIGNMENTS, default="centres", help="how cells lie on the image (%(default)s)")
-    a("--steps", type=common.count, default=3000, help="training steps (%(default)s)")
+    a("--steps", type=common.count, help="training steps (3000; --preset: its epochs)")
     a("--batch", type=common.count, default=16, help="images a step (%(default)s)")
     a("--optimizer", choices=("adagrad", "sgd"), default="adagrad", help="(%(default)s)")
     a("--lr", type=float, default=0.03, help="learning rate; of sgd the first, along a cosine (%(default)s)")
@@ -122,7 +124,7 @@ def evaluate_all(args, run, net, frames, classes):
         maps, heat, factor = look(args, net, frames, i)
         single.append([m.max((0, 1)) for m in maps])
         point, score = oquab_weak.locate(heat, factor)
-        points.append(point)
+        points.append(np.minimum(point, e.size))                    # sides of the frame are whole pixels
         surest.append(score)
         stretched.append(oquab_weak.locate(oquab_weak.combined(net, maps, scales, frames.side, heat.shape[:2], "stretch"), factor))
         boxes.append(oquab_weak.boxes(logistic_loss.sigmoid(heat), factor, e.image().shape[:2]))
@@ -131,7 +133,7 @@ def evaluate_all(args, run, net, frames, classes):
 
     def told(variant, *what):
         return image_level.scored(run, variant, examples, classes, args.tolerance, *what)
-    found = {"": told("", scores, points, np.array(surest))}
+    found = {"": {**told("", scores, points, np.array(surest)), **image_level.eleven_point(scores, examples, classes)}}
     for n, scale in enumerate(scales if len(scales) > 1 else ()):
         found[f"scale-{scale:g}"] = told(f"scale-{scale:g}", single[:, n])
     found["by-score"] = told("by-score", None, points, scores)
@@ -148,12 +150,15 @@ def main(args, put):
     draw.require()
     examples, held_out, classes = image_level.read(args)
     K = len(classes)
+    if not (evaluate_classification.presence(examples, K) == 1).any():
+        raise ValueError(f"weak_localization: the training images must hold a class, got none in {len(examples)} images")
     net = image_level.build(args, put, examples, classes, "weak", adapt_kernel=args.adapt_kernel)
     window = net.table.window
     if args.whole:
         args.frame, args.cached = window, min(args.cached, 1)
     if args.frame < window:
         raise ValueError(f"--frame must hold a window of {window} pixels, got {args.frame}")
+    image_level.settle(args, len(examples), 3000)
     optimizer = (optim.AdaGrad if args.optimizer == "adagrad" else optim.SGD)(net, weight_decay=args.weight_decay)
     run = train.Run(Path(args.out) / args.name, common.settings(args, "measure_every", "tolerance", "align"), args.resume)
     low, high = (1.0, 1.0) if args.whole else oquab_weak.TRAIN_SCALES
@@ -185,7 +190,7 @@ def main(args, put):
         return {"loss": loss}
 
     def measure(i):
-        seen = [look(args, net, unseen, j) for j in range(min(100, len(held_out)))]
+        seen = [look(args, net, unseen, j) for j in range(min(MEASURED, len(held_out)))]
         scores = np.array([oquab_weak.scores(maps) for maps, _, _ in seen])
         found = evaluate_classification.classification_ap(scores, evaluate_classification.presence(held_out[:len(seen)], K), classes)
         shown = [(image_level.first_class(e), heat) for e, (_, heat, _) in zip(held_out[:image_level.SHOWN], seen)]

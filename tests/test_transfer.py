@@ -62,6 +62,17 @@ def arrays(path):
         return {name: file[name] for name in file.files}
 
 
+def features_of(folder):
+    """What a run of transfer.py keeps of the frozen layers; None without such a file."""
+    paths = list(folder.glob("features-????????.npy"))
+    assert len(paths) <= 1
+    return np.load(paths[0], allow_pickle=False) if paths else None
+
+
+def files_in(folder):
+    return {"features" if p.name.startswith("features-") else p.name for p in folder.iterdir()}
+
+
 def same_bits(a, b, files=("metrics.jsonl", "curve.json", "ranking.json")):
     for name in files:
         assert (a / name).read_text() == (b / name).read_text(), name
@@ -203,8 +214,8 @@ def test_pretrain_trains_by_its_settings(source):
 def test_transfer_leaves_everything_and_its_figures_are_those_of_the_net(transferred, source):
     examples = scenes.scenes(2, 0, "val")
     there = ec.presence(examples, 6)
-    assert {p.name for p in transferred.iterdir() if not p.name.startswith("ranking")} == {
-        *SHARED, "features.npz", "precision_recall.png", "maps.png", "maps_training.png", "maps", "false_positives"}
+    assert {name for name in files_in(transferred) if not name.startswith("ranking")} == {
+        *SHARED, "features", "precision_recall.png", "maps.png", "maps_training.png", "maps", "false_positives"}
     check_pictures(transferred)
     without = [k for k in range(6) if any(k not in e.image_labels() for e in examples)]
     assert {p.name for p in (transferred / "false_positives").iterdir()} == {f"{k}_{scenes.CLASSES[k]}.png" for k in without}
@@ -262,8 +273,8 @@ def test_transfer_trains_on_resampled_patches_by_its_settings(transferred, sourc
     with use("numba"):
         y = np.concatenate([fresh.features(fresh.normalise(oquab_patches.cut(examples[i].image(), tile[None], 32))) for i, tile, _ in
                             (place[j] for j in kept)])
-        assert_allclose(arrays(transferred / "features.npz")["y"], y, rtol=1e-4, atol=1e-5)
-        y = arrays(transferred / "features.npz")["y"]                       # to the bit: as the program put them together
+        assert_allclose(features_of(transferred), y, rtol=1e-4, atol=1e-5)
+        y = features_of(transferred)                       # to the bit: as the program put them together
         labels = np.array([place[j][2] for j in kept])
         for i, lr in enumerate((0.05, 0.05 * 0.1, 0.05 * 0.1 ** 2, 0.05 * 0.1 ** 2)):           # a third of four steps is one
             rng = np.random.default_rng([0, i])
@@ -382,9 +393,9 @@ def test_a_stopped_run_goes_on_to_the_same_bits_and_what_is_frozen_stays(program
         stop_at(patch, program, 4)
         start(program, tmp_path / "part", *more, "--workers", "0")
     assert (folder / "checkpoint.npz").exists() and not (folder / "weights.npz").exists()
-    assert (folder / "features.npz").exists() == (program is transfer and trains != "all")
+    assert (features_of(folder) is not None) == (program is transfer and trains != "all")
     with monkeypatch.context() as patch:
-        if (folder / "features.npz").exists():                              # read, not made again
+        if features_of(folder) is not None:                              # read, not made again
             patch.setattr(oquab, "frozen_part", lambda *a: pytest.fail("features are there"))
         assert start(program, tmp_path / "part", *more, "--resume", "--workers", "2")["seconds"] is None
     same_bits(folder, whole, ("metrics.jsonl", "curve.json", "wrong.json" if program is pretrain else "ranking.json"))
@@ -433,7 +444,7 @@ def test_the_source_net_is_trained_first_gone_on_with_and_taken(tmp_path, monkey
 def test_start_random_takes_nothing_and_trains_all(program, tmp_path):
     start(program, tmp_path, "--start", "random", "--width", "0.3", "--seed", "2")
     folder, (mean, std) = tmp_path / NAMES[program], data.mean_std(scenes.scenes(8, 0, "train"))
-    assert {p.name for p in tmp_path.iterdir()} == {folder.name} and not (folder / "features.npz").exists()
+    assert {p.name for p in tmp_path.iterdir()} == {folder.name} and features_of(folder) is None
     net, config = oquab.load(folder / "weights.npz")[0], read(folder / "config.json")
     assert (net.spec.mean, net.spec.std, net.spec.width, net.spec.table) == (mean, std, 0.3, "small")
     assert config["trains"] == "all" and config["weights"] is None
@@ -536,13 +547,12 @@ def test_actions_are_told_box_by_box(source, tmp_path, monkeypatch):
     examples, held_out, _ = image_level.read(None)
     results = start(transfer, tmp_path, "--preset", "action", "--weights", source / "weights.npz")
     folder = tmp_path / "transfer"
-    assert {p.name for p in folder.iterdir()} == {"config.json", "metrics.jsonl", "checkpoint.npz", "weights.npz", "results.json", "features.npz",
-                                                  "ranking.json"}
+    assert files_in(folder) == {"config.json", "metrics.jsonl", "checkpoint.npz", "weights.npz", "results.json", "features", "ranking.json", "curve.json"}
     config = read(folder / "config.json")
-    assert config["patches"] == "boxes" and config["trains"] == "fc6" and results["also"] == {} and results["curve"] == []
+    assert config["patches"] == "boxes" and config["trains"] == "fc6" and results["also"] == {} and results["curve"][-1]["class_ap"] == results["class_ap"]
     # the first box of each image has two classes: it does not train
-    assert results["patches"] == sum((~e.difficult[1:-1]).sum() for e in examples) == len(arrays(folder / "features.npz")["y"])
-    assert arrays(folder / "features.npz")["y"].shape[1:] == (4, 4, 16)     # the trunk's map, for FC6 trains
+    assert results["patches"] == sum((~e.difficult[1:-1]).sum() for e in examples) == len(features_of(folder))
+    assert features_of(folder).shape[1:] == (4, 4, 16)     # the trunk's map, for FC6 trains
     net, scores, there = oquab.load(folder / "weights.npz")[0], [], []
     with use("numba"):
         for e in held_out:
@@ -560,21 +570,29 @@ def test_actions_are_told_box_by_box(source, tmp_path, monkeypatch):
 
 def test_the_paper_s_settings(capsys):
     args = pretrain.arguments(["--preset", "paper"])
-    assert (args.table, args.width, args.init, args.dropout, args.classical, args.batch) == ("6144", 1.0, 0.01, 0.5, True, 128)
+    assert (args.table, args.width, args.init, args.dropout, args.classical, args.batch) == ("6144", 1.0, 0.01, 0.5, True, 128) and args.std == 1
     assert (args.lr, args.momentum, args.weight_decay, args.epochs, args.steps) == (0.01, 0.9, 5e-4, 90, None)
     args = pretrain.arguments(["--preset", "paper", "--table", "4096", "--steps", "9", "--dropout", "0.4"])
     assert (args.table, args.steps, args.dropout, args.batch) == ("4096", 9, 0.4, 128)
     args = transfer.arguments(["--preset", "paper"])
     assert (args.lambdas, args.overlap, args.background, args.k, args.reduce) == ([1, 1.3, 1.6, 2, 2.4, 2.8, 3.2, 3.6, 4], 2 / 3, 0.1, 5, "mean")
     assert (args.lr, args.momentum, args.weight_decay, args.dropout, args.trains, args.patches) == (0.01, 0.9, 5e-4, 0.5, "head", "tiles")
+    assert (args.batch, args.epochs, args.steps) == (128, 30, None)
     args = transfer.arguments(["--preset", "action", "--k", "2"])
-    assert (args.patches, args.trains, args.k) == ("boxes", "fc6", 2)
+    assert (args.patches, args.trains, args.k, args.lr, args.dropout, args.batch) == ("boxes", "fc6", 2, 0.01, 0.5, 128)
     assert transfer.arguments(["--preset", "action", "--trains", "head"]).trains == "head"
     args = weak.arguments(["--preset", "paper"])
     assert (args.frame, args.cached, args.batch, args.optimizer, args.lr, args.weight_decay) == (500, 0, 16, "adagrad", 1e-3, 5e-4)
-    assert (args.dropout, args.steps, args.adapt_kernel, args.trains, args.tolerance) == (0.5, 13420, 1, "head", None)
+    assert (args.dropout, args.steps, args.epochs, args.adapt_kernel, args.trains, args.tolerance) == (0.5, None, 20, 1, "head", None)
     assert weak.arguments(["--preset", "paper", "--lr", "0.01"]).lr == 0.01
-    for program in (transfer, weak):
+    for program in (transfer, weak):                                # epochs of all samples, the last batch of one perhaps part of the next
+        args = program.arguments(["--preset", "paper", "--batch", "10"])
+        image_level.settle(args, 101, 7)
+        assert (args.steps, args.measure_every) == (303, 61) if program is transfer else (202, 41)
+        args = program.arguments(["--preset", "paper", "--start", "random", "--width", "0.01"])
+        with use("numba") as put:                                   # the net of NO PRETRAIN: the paper's, narrower
+            spec = image_level.build(args, put, scenes.scenes(2, 0), scenes.CLASSES, "weak").spec
+        assert (spec.table, spec.init, spec.inverted, spec.std, spec.dropout, args.tolerance) == ("6144", 0.01, False, 1.0, 0.5, 18.0)
         assert program.arguments([]).trains == "head" and program.arguments(["--start", "random"]).trains == "all"
 
 
@@ -635,11 +653,17 @@ def test_missing_classes_empty_images_and_difficult_objects(program, source, tmp
 
 
 def test_no_object_at_all(source, tmp_path, monkeypatch):
-    """Nothing to measure: null in what is kept, as elsewhere; nothing but background to train on is fine, no given box is not."""
+    """Nothing to measure: null in what is kept, as elsewhere; nothing to train on: an error before anything is written."""
     def empty(examples, which):
         none = np.zeros((0, 4)), np.zeros(0, np.int64), np.zeros(0, bool)
         return [dataclasses.replace(e, boxes=none[0], labels=none[1], difficult=none[2]) for e in examples]
-    monkeypatch.setattr(image_level, "read", same_images(empty))
+    for program, message in ((transfer, "must give at least one patch with an object, got none of 8 images"),
+                             (weak, "must hold a class, got none in 8 images")):
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match=message):
+            patch.setattr(image_level, "read", same_images(empty))
+            start(program, tmp_path, "--weights", source / "weights.npz")
+        assert not (tmp_path / NAMES[program]).exists()
+    monkeypatch.setattr(image_level, "read", same_images(lambda examples, which: empty(examples, which) if which == "val" else examples))
     for program in (transfer, weak):
         start(program, tmp_path, "--weights", source / "weights.npz", "--steps", "1", pictures=True)
         text = (tmp_path / NAMES[program] / "results.json").read_text()
@@ -650,7 +674,7 @@ def test_no_object_at_all(source, tmp_path, monkeypatch):
         start(transfer, tmp_path, *action)
     assert not (tmp_path / "action").exists()
     monkeypatch.setattr(image_level, "read", same_images(lambda examples, which: examples if which == "val" else empty(examples, which)))
-    with pytest.raises(ValueError, match="must give at least one patch to train on, got none of 8 images"):
+    with pytest.raises(ValueError, match="must give at least one patch with an object, got none of 8 images"):
         start(transfer, tmp_path, *action)
 
 
@@ -674,7 +698,7 @@ def test_pretrain_takes_idx_files_and_class_folders(tmp_path, monkeypatch):
             for i in range(count):
                 Image.fromarray(np.full((14 + 40 * i, 9, 3), 200 * k + i, np.uint8)).save(folder / f"{name}{i}.png")
     results = start(pretrain, tmp_path, "--data", tmp_path / "set", "--name", "folders", "--batch", "64", "--preset", "paper", "--table", "small",
-                    "--init", "0", "--dropout", "0", pictures=True)
+                    "--init", "0", "--dropout", "0", "--std", "0", pictures=True)
     net = oquab.load(tmp_path / "folders" / "weights.npz")[0]
     assert net.spec.classes == ("dark", "light") and results["images"] == 4 and results["top5_error"] == 0 and not net.spec.inverted
     rates = [json.loads(line)["lr"] for line in (tmp_path / "folders" / "metrics.jsonl").read_text().splitlines()]
