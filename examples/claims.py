@@ -9,6 +9,7 @@ PROGRAM   the example program, such as "ohem.py"
 DATA      {data set: options that all its arms share}
 ARMS      {arm: its options}; they come after those of the data set, and win; a first word in ".py" is a program to run for PROGRAM
 ON        {data set: the arms that run on it}
+ROWS      optional: {"columns": {heading: metric}, "rows": [(name, paper's figures, data set, arm)]}, a table of arms beside that of claims
 EMBEDDED  optional: those data sets that come with the package and are no folders: their programs get no --data
 CLAIMS    a list of dicts, the fields of Claim below
 QUICK     options that --quick appends, or {program: such options}
@@ -669,7 +670,18 @@ def report(args, table, claims, runs, benches):
                 for name, job in benches.items() if is_done(job)}
     missing = [job.name for key, job in runs.items() if key not in done] + [job.name for name, job in benches.items() if name not in measured]
     return {"paper": args.paper, "quick": args.quick, "seeds": args.seeds, "resamples": RESAMPLES, "missing": missing,
-            "claims": [judge(c, args, runs, done, benches, resamples) for c in claims], "arms": arms, "benchmarks": measured}
+            "claims": [judge(c, args, runs, done, benches, resamples) for c in claims], "arms": arms, "benchmarks": measured,
+            **({"rows": rows(args, table, runs, done)} if hasattr(table, "ROWS") else {})}
+
+
+def rows(args, table, runs, done):
+    """The table ROWS with its values: a JSON value."""
+    found = []
+    for name, paper, dataset, arm in table.ROWS["rows"]:
+        seeds = [s for s in args.seeds if (dataset, arm.partition("@")[0], s) in done]
+        found.append({"name": name, "paper": paper, "data": dataset, "arm": arm, "values": {
+            metric: [number(runs[dataset, arm.partition("@")[0], s], arm, metric) for s in seeds] for metric in table.ROWS["columns"].values()}})
+    return {"columns": table.ROWS["columns"], "rows": found}
 
 
 def markdown(found):
@@ -701,6 +713,16 @@ def markdown(found):
             last = ["-" if v is None else format(scale * v, form) for v in [None, None, *a["last two"]][-2:]]
             arm, steps = f"{arm} ({key})" if key else arm, a["curve"][-1]["step"] if a["curve"] else "-"
             lines.append(f"| {name} | {arm} | {len(a['seeds'])} | {steps} | {' | '.join(last)} |")
+    if "rows" in found:
+        columns = found["rows"]["columns"]
+        lines += ["", f"| row | paper | data | arm | {' | '.join(columns)} |", "| --- " * (4 + len(columns)) + "|"]
+        for row in found["rows"]["rows"]:
+            cells = []
+            for metric in columns.values():
+                values, (scale, form) = np.array(row["values"][metric]), unit(metric)
+                spread = float(values.std(ddof=1)) if len(values) > 1 else None
+                cells.append(shown({"mean": float(values.mean()), "sd": spread} if len(values) else None, scale, form))
+            lines.append(f"| {row['name']} | {row['paper']} | {row['data']} | {row['arm']} | {' | '.join(cells)} |")
     commands = [each["command"] for group in (*found["arms"].values(), found["benchmarks"]) for each in group.values()]
     runs = "; RUNS holds the runs, <data set>-<arm>-S" * any("RUNS/" in c for c in commands)
     lines += ["", f"Commands, S in {' '.join(map(str, found['seeds']))}{runs}:", "", *("    " + c for c in commands)] if commands else []

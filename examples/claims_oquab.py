@@ -84,5 +84,13 @@ CLAIMS = [
     claim("actions: training FC6, too, beats adaptation layers alone", "70.2 against 68.4", "action", "action, FC6 frozen", data="scene-boxes"),
 ]
 
+# The slides' table of variants, VOC12 test mAP, as far as it can run here (notes, sec. 5.2): A and C are other nets
+ROWS = {"columns": {"AP of images": "class_ap", "AP of places": "location_ap"},
+        "rows": [("B: boxes (CVPR 2014)", "82.8", "scenes", "strong"), ("D: full images", "78.7", "scenes", "full images"),
+                 ("E: strong + weak", "86.0", "scenes", "strong + weak"), ("F: weak", "86.3", "scenes", "weak"),
+                 ("no pre-training, boxes", "70.9", "scenes", "strong, no pre-training"),
+                 ("D: full images", "-", "playing-cards", "cards, full images"), ("E: strong + weak", "-", "playing-cards", "cards, strong + weak"),
+                 ("F: weak", "-", "playing-cards", "cards")]}
+
 BENCH = {"full size": ["bench_oquab.py", "--turns", "3"]}
 QUICK_BENCH = ["--quick"]

@@ -729,6 +729,20 @@ def test_aps_of_images_are_bootstrapped(ranks, capsys):
     assert f"| discs | good (class_ap) | 3 | 2 | {np.mean(values) / 2:.1f} | {np.mean(values):.1f} |" in out
 
 
+def test_a_table_of_arms(ranks, tmp_path):
+    """Mean and spread of the arms that ROWS names, by the seeds that are done, in points."""
+    path = tmp_path / "claims_toy.py"
+    path.write_text(path.read_text() + 'ROWS = {"columns": {"images": "class_ap"}, "rows": [("A", "7.0", "discs", "good"), ("B", "-", "discs", "good@six")]}\n')
+    ranks.prepare("--full")
+    found = ranks("--full", "--report", "--seeds", "0", "2")
+    told = "\n".join(claims.markdown(found))
+    assert "| row | paper | data | arm | images |" in told
+    for row, of in zip(found["rows"]["rows"], (lambda r: r, lambda r: r["also"]["six"])):
+        values = [of(json.loads((ranks.folder / f"discs-good-{s}" / "results.json").read_text()))["class_ap"] for s in (0, 2)]
+        assert row["values"]["class_ap"] == values and (row["name"] == "B" or values[0] != values[1])
+        assert f"| {row['name']} | {row['paper']} | discs | {row['arm']} | {100 * np.mean(values):.1f} ± {100 * np.std(values, ddof=1):.1f} |" in told
+
+
 def test_aps_without_a_ranking_have_the_interval_of_the_seeds(ranks):
     ranks.prepare("--full")
     (ranks.folder / "discs-bad-2" / "ranking.json").unlink()

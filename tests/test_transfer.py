@@ -705,6 +705,47 @@ def test_pretrain_takes_idx_files_and_class_folders(tmp_path, monkeypatch):
     assert_allclose(rates, [0.01, 0.001, 1e-4, 1e-4])
 
 
+def test_boxes_and_tags_are_used_as_they_are_meant(source, weakly, tmp_path, monkeypatch):
+    """Weak boxes are those of oquab_weak.detect; difficult objects and --same-class-ok reach the labels of patches; a class that is a tag alone
+    has no place to judge, and no patch."""
+    net, settings = oquab.load(weakly / "weights.npz")
+    kept = read(weakly / "detections.json")
+    for e in scenes.scenes(2, 0, "val"):
+        with use("numba"):
+            boxes, labels, scores = oquab_weak.detect(net, e.image(), settings["frame"], tuple(settings["scales"]), settings["align"])
+        mine = [d for d in kept if d["image"] == e.name]
+        assert [d["class"] for d in mine] == [scenes.CLASSES[k] for k in labels]
+        assert_allclose([d["box"] for d in mine], boxes)
+        assert_allclose([d["score"] for d in mine], scores)
+    seen, label = [], oquab_patches.label
+    monkeypatch.setattr(oquab_patches, "label", lambda *a: (seen.append(a), label(*a))[1])
+    args = transfer.arguments(["--lambdas", "1", "--same-class-ok"])
+    examples = [dataclasses.replace(e, difficult=np.arange(len(e.boxes)) % 2 == 1) for e in scenes.scenes(8, 0, "train")]
+    transfer.training_patches(args, examples, 6)
+    assert all((a[4] == e.difficult).all() and a[5] is True for a, e in zip(seen, examples)) and any(e.difficult.any() for e in examples)
+    none = {"boxes": np.zeros((0, 4)), "labels": np.zeros(0, np.int64), "difficult": np.zeros(0, bool)}
+    tagged = same_images(lambda examples, which: [dataclasses.replace(e, tags=np.unique(e.labels), **none) for e in examples])
+    monkeypatch.setattr(image_level, "read", tagged)
+    results = start(weak, tmp_path, "--weights", source / "weights.npz")
+    assert results["class_ap"] > 0 and results["location_ap"] is None and results["also"]["middle"]["location_ap"] is None
+    with pytest.raises(ValueError, match="must have boxes, got labels of whole images, as train00000: weak_localization.py"):
+        start(transfer, tmp_path, "--weights", source / "weights.npz")
+
+
+def test_a_run_whose_source_net_was_stopped_goes_on(tmp_path, monkeypatch):
+    """What common.start says after Ctrl-C, --resume, holds also where the run itself had not begun."""
+    (tmp_path / "pretrain").mkdir()
+    calls = []
+
+    def finished(args, put):
+        calls.append(args.resume)
+        net = oquab.Oquab(oquab.Spec(("a", "b"), width=0.2), np.random.default_rng(0))
+        oquab.save(net, tmp_path / "pretrain" / "weights.npz", {})
+    (tmp_path / "pretrain" / "config.json").write_text("{}")
+    monkeypatch.setattr(pretrain, "main", finished)
+    assert start(weak, tmp_path, "--resume")["images"] == 2 and calls == [True]
+
+
 # What cannot be
 
 def test_what_cannot_be_is_said_before_a_run_begins(source, tmp_path, capsys):
