@@ -680,7 +680,8 @@ def rows(args, table, runs, done):
     for name, paper, dataset, arm in table.ROWS["rows"]:
         seeds = [s for s in args.seeds if (dataset, arm.partition("@")[0], s) in done]
         found.append({"name": name, "paper": paper, "data": dataset, "arm": arm, "values": {
-            metric: [number(runs[dataset, arm.partition("@")[0], s], arm, metric) for s in seeds] for metric in table.ROWS["columns"].values()}})
+            metric: [number(runs[dataset, arm.partition("@")[0], s], arm, metric) for s in seeds
+                     if metric in results_of(runs[dataset, arm.partition("@")[0], s])] for metric in table.ROWS["columns"].values()}})
     return {"columns": table.ROWS["columns"], "rows": found}
 
 

@@ -3,7 +3,7 @@
     python examples/weak_localization.py                            # embedded scenes, the source net included: under three minutes on two cores
     python examples/weak_localization.py --data FOLDER --frame 240 --weights runs/NAME/weights.npz       # its source: examples/pretrain.py
     python examples/weak_localization.py --masked --name masked     # strong + weak: the max looks inside the boxes alone
-    python examples/weak_localization.py --whole --name whole       # full images: one window for all of it, no sliding
+    python examples/weak_localization.py --whole --name whole       # full images: one window for all of it, no sliding, and no place
     python examples/weak_localization.py --preset paper --data FOLDER --weights FILE --backend cuda
 
 Training sees which classes an image holds, not where; the boxes of the data are used by --masked and by the evaluation. Each step takes
@@ -133,15 +133,17 @@ def evaluate_all(args, run, net, frames, classes):
 
     def told(variant, *what):
         return image_level.scored(run, variant, examples, classes, args.tolerance, *what)
-    found = {"": {**told("", scores, points, np.array(surest)), **image_level.eleven_point(scores, examples, classes)}}
-    for n, scale in enumerate(scales if len(scales) > 1 else ()):
-        found[f"scale-{scale:g}"] = told(f"scale-{scale:g}", single[:, n])
-    found["by-score"] = told("by-score", None, points, scores)
-    found["stretch"] = told("stretch", None, *(np.array(column) for column in zip(*stretched)))
+    where = [] if args.whole else [points, np.array(surest)]        # the one cell of a full image is nowhere
+    found = {"": {**told("", scores, *where), **image_level.eleven_point(scores, examples, classes)}}
+    if not args.whole:
+        for n, scale in enumerate(scales):
+            found[f"scale-{scale:g}"] = told(f"scale-{scale:g}", single[:, n])
+        found["by-score"] = told("by-score", None, points, scores)
+        found["stretch"] = told("stretch", None, *(np.array(column) for column in zip(*stretched)))
+        for iou in IOUS:
+            ap = evaluate.mean_ap(evaluate.voc(boxes, examples, classes, iou))
+            found[""][f"box_ap_{iou:g}"] = None if math.isnan(ap) else ap
     found["middle"] = told("middle", None, image_level.middles(examples, K), scores)
-    for iou in IOUS:
-        ap = evaluate.mean_ap(evaluate.voc(boxes, examples, classes, iou))
-        found[""][f"box_ap_{iou:g}"] = None if math.isnan(ap) else ap
     return found, scores, points, boxes
 
 

@@ -495,8 +495,9 @@ def test_whole_images_are_one_window(out, source, tmp_path, monkeypatch):
     results = start(weak, tmp_path, "--weights", source / "weights.npz", "--whole")
     folder = tmp_path / "weak_localization"
     assert [maps.shape for maps, *_ in seen] == [(4, 1, 1, 6)] * 4
-    assert {p.name for p in folder.glob("ranking*")} == {"ranking.json", "ranking_by-score.json", "ranking_stretch.json", "ranking_middle.json"}
-    assert set(results["also"]) == {"by-score", "stretch", "middle"} and read(folder / "config.json")["frame"] == 32
+    assert {p.name for p in folder.glob("ranking*")} == {"ranking.json", "ranking_middle.json"}
+    assert "location_ap" not in results and list(read(folder / "ranking.json")) == ["class_ap"]     # its one cell is nowhere
+    assert set(results["also"]) == {"middle"} and read(folder / "config.json")["frame"] == 32
     net, settings = oquab.load(folder / "weights.npz")
     assert (settings["frame"], settings["scales"], settings["align"]) == (32, [1], "centres")
     with use("numba"):

@@ -195,7 +195,7 @@ def heat_map(tiles, y, width, height, reduce="mean"):
     A patch covers the pixels whose middles lie in [x1, x2) x [y1, y2). Pixels that none covers are 0. "mean" is the paper's text,
     "sum" its slides; y enters without the power k (the paper names none).
     tiles: (M, 4) float, pixels, on the host or beside y; y: (M, K) float32 or float64, gives the result's dtype and device; M may
-    be 0.
+    be 0. Time grows with M * K * height * width: of a photograph of many megapixels take a smaller map, tiles and all.
     Raises ValueError for shapes, another reduce, on the host for NaN or infinity; TypeError for dtypes.
     """
     op, xp = "oquab_patches.heat_map", array_module(y)
