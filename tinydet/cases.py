@@ -8,9 +8,9 @@ from collections.abc import Callable
 import numpy as np
 
 from tinydet import layers, optim
-from tinydet.backend import BACKENDS, put, to_numpy, use
+from tinydet.backend import BACKENDS, array_module, put, to_numpy, use
 from tinydet.ops import (add, ap_loss, auc_loss, batch_norm, box_loss, concat, conv, dropout, focal_loss, global_max_pool, linear, logistic_loss, lrn,
-                         max_pool, offset_pool, relu, roi_loss, roi_pool, softmax_loss, upsample)
+                         map_loss, max_pool, offset_pool, relu, roi_loss, roi_pool, softmax_loss, upsample)
 
 
 @dataclasses.dataclass
@@ -196,6 +196,28 @@ def _ap_loss(delta, interpolated):
     return draw
 
 
+def _map_loss(ap):
+    """The finite step, no derivative of the loss, is that of f_i smoothed by a box of half width delta, the other scores frozen: for a jump of
+    f_i at b, jump / (2 delta) * (max(s_i + delta - b, 0) - max(s_i - delta - b, 0))."""
+    def draw(rng):
+        n, C, delta = 8, 2, 0.6                                         # 0.1 off the scores
+        x, corner = distinct(rng, n, C), rng.uniform(0, 12, (n, 2))
+        boxes, images = np.concatenate([corner, corner + rng.uniform(8, 14, (n, 2))], 1).round(1), np.arange(n) % 2
+        objects, labels, at = boxes[[0, 1, 2, 5]] + 0.5, np.array([0, 1, 1, 0]), images[[0, 1, 2, 5]]
+        points, jumps = np.zeros((2, n, C, 4 * n))
+        for i, c in np.ndindex(n, C):
+            b, values, _ = map_loss.profile(x, boxes, images, objects, labels, at, window=i, label=c, ap=ap)
+            points[i, c, :len(b)], jumps[i, c, :len(b)] = b, np.diff(values)
+
+        def loss(x):
+            xp, (b, jump) = array_module(x), (like(x, a) for a in (points, jumps))
+            reached = xp.maximum(x[:, :, None] + delta - b, 0) - xp.maximum(x[:, :, None] - delta - b, 0)
+            g = map_loss.loss(x, like(x, boxes), images, objects.astype(x.dtype), labels, at, ap=ap, delta=delta)[1]
+            return -(jump * reached).sum() / (2 * delta * C), g
+        return loss, [x]
+    return draw
+
+
 def _softmax_loss(rng):
     x = 3 * rng.standard_normal((5, int(rng.integers(1, 5))))
     labels = rng.integers(-1, x.shape[1], 5)
@@ -378,6 +400,8 @@ CASES = [
     Case("focal_loss", "gamma 0, no alpha", "loss", _scores(focal_loss.loss, -1, alpha=None, gamma=0), 1e-5),
     Case("ap_loss", "surrogate with frozen weights", "loss", _ap_loss(1.0, True), 1e-5),
     Case("ap_loss", "surrogate with frozen weights, plain, hard step", "loss", _ap_loss(0.0, False), 1e-5),
+    Case("map_loss", "smoothed profiles", "loss", _map_loss("prec"), 1e-5),
+    Case("map_loss", "smoothed profiles, interpolated", "loss", _map_loss("interp"), 1e-5),
     Case("auc_loss", "", "loss", _scores(auc_loss.auc_loss, -1), 1e-5),
     Case("roi_loss", "", "loss", _roi_loss(), 1e-5),
     Case("roi_loss", "focal, gamma 2", "loss", _roi_loss(gamma=2.0), 1e-5),
