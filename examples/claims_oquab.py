@@ -91,6 +91,3 @@ ROWS = {"columns": {"AP of images": "class_ap", "AP of places": "location_ap"},
                  ("no pre-training, boxes", "70.9", "scenes", "strong, no pre-training"),
                  ("D: full images", "-", "playing-cards", "cards, full images"), ("E: strong + weak", "-", "playing-cards", "cards, strong + weak"),
                  ("F: weak", "-", "playing-cards", "cards")]}
-
-BENCH = {"full size": ["bench_oquab.py", "--turns", "3"]}
-QUICK_BENCH = ["--quick"]
