@@ -71,10 +71,7 @@ def arguments(argv=None):
     a("--nms", type=float, default=0.5, help="IoU of a class's detections above which the weaker goes (%(default)s)")
     a("--limit", type=common.count, default=300, help="detections of an image (%(default)s)")
     a("--measure-every", type=common.count, metavar="STEPS", help="average precision (default: a fifth of the steps)")
-    chosen = parser.parse_args(argv)
-    if chosen.preset:
-        parser.set_defaults(**PRESETS[chosen.preset])
-    args = parser.parse_args(argv)
+    args = common.parse(parser, argv, PRESETS)
     args.size = args.size or ([288, 384] if args.data else [192, 192])
     args.batch = args.batch or (8 if args.data else 16)
     args.short = args.short or min(args.size)

@@ -39,10 +39,24 @@ def add_arguments(parser, name):
     a("--resume", action="store_true", help="continue the run of this name")
 
 
+def parse(parser, argv, presets):
+    """The arguments; --preset sets those of its dict that are not given beside it. presets: {name: {argument: value}}."""
+    chosen = parser.parse_args(argv)
+    if chosen.preset:
+        parser.set_defaults(**presets[chosen.preset])
+    return parser.parse_args(argv)
+
+
 def check(parser, args):
     """Refuse what argparse alone lets pass."""
     if not (0 < args.lr < math.inf and args.seed >= 0 and args.name and Path(args.name).name == args.name):
         parser.error(f"--lr must be positive, --seed not be negative, --name be the name of a folder; got {args.lr}, {args.seed}, {args.name!r}")
+
+
+def settle(args, samples, steps):
+    """Set the number of steps, if none is given: `steps`, or the epochs of a preset for so many samples; and measure_every."""
+    args.steps = args.steps or (math.ceil(args.epochs * samples / args.batch) if args.epochs else steps)
+    args.measure_every = args.measure_every or -(-args.steps // 5)
 
 
 def settings(args, *left_out):

@@ -11,6 +11,7 @@ from PIL import ImageDraw
 from tinydet import data, draw, evaluate, evaluate_classification, files, scenes
 from tinydet.models import oquab
 
+SCRATCH = {"table": "6144", "init": 0.01, "inverted": False, "std": 1.0}        # the paper's net, for --start random: fields of its Spec
 SHOWN = 4                           # images whose maps are kept while a net trains
 MOST = 8                            # images on maps.png
 
@@ -42,12 +43,6 @@ def check(parser, args):
         parser.error(f"--dropout must lie in [0, 1), got {args.dropout}")
     if args.tolerance is not None and not 0 <= args.tolerance < math.inf:
         parser.error(f"--tolerance must not be negative, got {args.tolerance}")
-
-
-def settle(args, samples, steps):
-    """Set the number of steps, if none is given: `steps`, or the epochs of a preset for so many samples; and measure_every."""
-    args.steps = args.steps or (math.ceil(args.epochs * samples / args.batch) if args.epochs else steps)
-    args.measure_every = args.measure_every or -(-args.steps // 5)
 
 
 def read(args):
@@ -122,10 +117,11 @@ def finish(run, args, examples, classes, scores, maps, points, found):
 
     All maps have one scale of colours, from 0 to the largest value on maps.png.
     """
-    low, high = 0.0, max(float(maps(i).max()) for i in range(min(MOST, len(examples))))
+    first = [maps(i) for i in range(min(MOST, len(examples)))]
+    low, high = 0.0, max(float(of.max()) for of in first)
     results = evaluate_classification.classification_ap(scores, evaluate_classification.presence(examples, len(classes)), classes)
     draw.precision_recall(results, run.folder / "precision_recall.png", f"{args.name}: {args.eval_set}, images of the class")
-    draw.save(maps_sheet(examples, classes, scores, maps, points, low, high), run.folder / "maps.png")
+    draw.save(maps_sheet(examples, classes, scores, first, points, low, high), run.folder / "maps.png")
     folder = run.folder / "false_positives"
     folder.mkdir(exist_ok=True)
     for k, name in enumerate(classes):
@@ -133,7 +129,7 @@ def finish(run, args, examples, classes, scores, maps, points, found):
         if len(wrong):
             shown = [map_picture(examples[i], k, maps(i)[k], points[i, k], low, high) for i in wrong]
             captions = [f"{scores[i, k]:.2f}: {', '.join(classes[c] for c in examples[i].image_labels())}"[:34] for i in wrong]
-            draw.save(draw.sheet(shown, 5, captions), folder / f"{k}_{''.join(c if c.isalnum() else '_' for c in name)[:50]}.png")
+            draw.save(draw.sheet(shown, 5, captions), draw.class_file(folder, k, name))
     shown = sorted((run.folder / "maps").glob("*.npz"), key=lambda path: int(path.stem))
     if shown:
         draw.save(training_sheet(examples, classes, shown, low, high), run.folder / "maps_training.png")
@@ -168,10 +164,13 @@ def map_picture(example, k, values, point, low, high, side=220):
 
 
 def maps_sheet(examples, classes, scores, maps, points, low, high):
-    """Images, each with the maps of the class that is there and scores highest, and of the highest one that is not there."""
+    """The first images, each with the maps of the class that is there and scores highest, and of the highest one that is not there.
+
+    maps: (K, h, w) of each image to show.
+    """
     pictures, captions = [], []
-    for i, e in enumerate(examples[:MOST]):
-        there, of = np.isin(np.arange(len(classes)), e.image_labels()), maps(i)
+    for i, (e, of) in enumerate(zip(examples, maps)):
+        there = np.isin(np.arange(len(classes)), e.image_labels())
         pictures.append(draw.boxes(e.image(), e.boxes, e.labels, classes, enlarge=220 / max(e.size), bracket=e.difficult))
         captions.append(e.name[:30])
         for kind, kept in (("there", there), ("not there", ~there)):

@@ -76,10 +76,7 @@ def arguments(argv=None):
     a("--also-iterate", action="store_true", help="evaluate once more with --iterate")
     a("--measure-every", type=common.count, metavar="STEPS", help="average precision and mean loss of all regions (default: a fifth of the steps)")
     a("--draw-every", type=common.count, metavar="STEPS", help="draw the regions that train (default: a fifth of the steps)")
-    chosen = parser.parse_args(argv)
-    if chosen.preset:
-        parser.set_defaults(**PRESETS[chosen.preset])
-    args = parser.parse_args(argv)
+    args = common.parse(parser, argv, PRESETS)
     args.steps = args.steps or (1000 if args.data else 600)
     args.images = args.images or (2 if args.data else 8)
     args.lr = (0.02 if args.data else 0.06) if args.lr is None else args.lr

@@ -62,10 +62,7 @@ def arguments(argv=None):
     a("--measure-every", type=common.count, metavar="STEPS", help="top-1 error (default: a fifth of the steps)")
     a("--committee", nargs="+", default=[], metavar="FILE", help="weights of other nets to evaluate together with this one")
     parser.set_defaults(epochs=None, halve_after=[])
-    chosen = parser.parse_args(argv)
-    if chosen.preset:
-        parser.set_defaults(**PRESETS[chosen.preset])
-    args = parser.parse_args(argv)
+    args = common.parse(parser, argv, PRESETS)
     window = overfeat.TABLES[args.table].window
     args.short = args.short or math.floor(window * 256 / 221 + 0.5)
     args.init = args.init if args.init is not None else 0.0 if args.table == "small" else 0.01

@@ -57,10 +57,7 @@ def arguments(argv=None):
     a("--weight-decay", type=float, default=5e-4, help="(%(default)s)")
     a("--measure-every", type=common.count, metavar="STEPS", help="top-1 error (default: a fifth of the steps)")
     parser.set_defaults(epochs=None)
-    chosen = parser.parse_args(argv)
-    if chosen.preset:
-        parser.set_defaults(**PRESETS[chosen.preset])
-    args = parser.parse_args(argv)
+    args = common.parse(parser, argv, PRESETS)
     common.check(parser, args)
     return args
 
@@ -96,9 +93,7 @@ def main(args, put):
     draw.require()
     examples, held_out, classes = read(args)
     labels, true = (np.array([e.image_labels()[0] for e in some]) for some in (examples, held_out))
-    if args.steps is None:
-        args.steps = math.ceil(args.epochs * len(examples) / args.batch) if args.epochs else 1500
-    args.measure_every = args.measure_every or -(-args.steps // 5)
+    common.settle(args, len(examples), 1500)
     mean, std = data.mean_std(examples)
     spec = oquab.Spec(tuple(classes), args.table, width=args.width, dropout=args.dropout, inverted=not args.classical, init=args.init or None,
                       mean=mean, std=args.std or std)
@@ -139,14 +134,15 @@ def main(args, put):
         schedule = optim.cosine_schedule(args.lr, args.steps, args.steps // 20)
     train.fit(run, net, optimizer, schedule, args.steps, step, args.checkpoint_every, prepare, args.workers)
     oquab.save(net, run.folder / "weights.npz", {})
-    draw.measurements(measure(args.steps), ("top1_error",), run.folder / "curve.png")
+    curve = measure(args.steps)
+    draw.measurements(curve, ("top1_error",), run.folder / "curve.png")
     draw.loss_curves(run.metrics(), ("loss",), run.folder / "loss.png")
     p = np.array([say(e) for e in train.progress(held_out, desc="evaluate", unit="image")])
     errors = common.keep_wrong(run, "", {name: top_k_error(p, true, k) for name, k in ERRORS.items()})
     print("   ".join(f"{name} {100 * value:.1f} %" for name, value in errors.items()))
     draw.save(sheet(held_out, true, p, classes), run.folder / "sheet.png")
     draw.save(draw.filters(to_numpy(next(iter(net.params.values())))), run.folder / "filters.png")
-    return common.keep_results(run, args, {"images": len(held_out), **errors, "curve": measure(args.steps),
+    return common.keep_results(run, args, {"images": len(held_out), **errors, "curve": curve,
                                            "seconds": None if args.resume else round(time.perf_counter() - start)})
 
 

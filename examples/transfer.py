@@ -35,7 +35,7 @@ from tinydet.summary import summary
 # Notes, sec. 1 to 3; "action": PRE-1512U. The rate falls to a tenth after each third of the steps (three rounds). CHOICE: 30 epochs, where
 # the paper trains until the loss no longer falls; scratch: the net of --start random, the paper's NO PRETRAIN
 PAPER = {"lambdas": list(oquab_patches.LAMBDAS), "overlap": 2 / 3, "background": 0.1, "lr": 0.01, "batch": 128, "dropout": 0.5, "k": 5.0,
-         "epochs": 30, "scratch": {"table": "6144", "init": 0.01, "inverted": False, "std": 1.0}}
+         "epochs": 30, "scratch": image_level.SCRATCH}
 PRESETS = {"paper": PAPER, "action": {**PAPER, "patches": "boxes", "trains": "fc6"}}
 MEASURED = 60                       # images of the evaluation set that points of the curve look at
 POWERS = (1, 3, 5, 10)              # variants of k
@@ -61,10 +61,7 @@ def arguments(argv=None):
     a("--momentum", type=float, default=0.9, help="(%(default)s)")
     a("--weight-decay", type=float, default=5e-4, help="(%(default)s)")
     a("--dropout", type=float, default=0.2, help="of FC7 and FCa (%(default)s)")
-    chosen = parser.parse_args(argv)
-    if chosen.preset:
-        parser.set_defaults(**PRESETS[chosen.preset])
-    args = parser.parse_args(argv)
+    args = common.parse(parser, argv, PRESETS)
     image_level.check(parser, args)
     if not (all(1 <= v < math.inf for v in args.lambdas) and 0 <= args.overlap < 1 and 0 <= args.background <= 1 and 1 <= args.k < math.inf):
         parser.error("--lambdas must be at least 1, --overlap lie in [0, 1), --background in [0, 1], --k be at least 1, got "
@@ -219,7 +216,7 @@ def main(args, put):
     print(f"{len(examples)} training and {len(held_out)} evaluation images, {K} classes, window {side}; trains: {args.trains}")
     print(summary(net, (1, side, side, 3)), flush=True)
     image, boxes, labels = training_patches(args, examples, K)
-    image_level.settle(args, len(labels), 3000)
+    common.settle(args, len(labels), 3000)
     optimizer = optim.SGD(net, args.momentum, args.weight_decay)
     run = train.Run(Path(args.out) / args.name, common.settings(args, "measure_every", "tolerance", "k", "reduce"), args.resume)
     y = None if args.trains == "all" else features(args, run, net, patches, image, boxes)

@@ -35,7 +35,7 @@ from tinydet.summary import summary
 
 # Notes, sec. 4.3: the released script's, but for its 3x3 adaptation layers (--adapt-kernel 3); scratch: the net of --start random
 PRESETS = {"paper": {"frame": 500, "cached": 0, "batch": 16, "optimizer": "adagrad", "lr": 1e-3, "weight_decay": 5e-4, "dropout": 0.5, "epochs": 20,
-                     "scratch": {"table": "6144", "init": 0.01, "inverted": False, "std": 1.0}}}
+                     "scratch": image_level.SCRATCH}}
 MEASURED = 100                      # images of the evaluation set that points of the curve look at
 SCALES = oquab_weak.SCALES
 IOUS = (0.5, 0.3, 0.1)
@@ -59,10 +59,7 @@ def arguments(argv=None):
     a("--lr", type=float, default=0.03, help="learning rate; of sgd the first, along a cosine (%(default)s)")
     a("--weight-decay", type=float, default=5e-4, help="(%(default)s)")
     a("--dropout", type=float, default=0.2, help="of whole maps of FC7 and FCa (%(default)s)")
-    chosen = parser.parse_args(argv)
-    if chosen.preset:
-        parser.set_defaults(**PRESETS[chosen.preset])
-    args = parser.parse_args(argv)
+    args = common.parse(parser, argv, PRESETS)
     image_level.check(parser, args)
     if not args.whole and args.frame < min(table.window for table in oquab.TABLES.values()):
         parser.error(f"--frame must hold a window of the net, got {args.frame} pixels")
@@ -79,8 +76,7 @@ class Frames:
 
     def __init__(self, net, examples, side, K):
         self.net, self.examples, self.side = net, examples, side
-        self.signs = evaluate_classification.presence(examples, K)          # 1 there, 0 not there, -1 not known
-        self.signs = np.where(self.signs == 1, 1, np.where(self.signs == 0, -1, 0)).astype(np.int64)
+        self.signs = np.array([-1, 1, 0])[evaluate_classification.presence(examples, K)]        # 0 (not there), 1 (there) and -1 (not known)
 
     def of(self, i):
         return oquab_weak.frame(self.net, self.examples[i].image(), self.side)
@@ -160,7 +156,7 @@ def main(args, put):
         args.frame, args.cached = window, min(args.cached, 1)
     if args.frame < window:
         raise ValueError(f"--frame must hold a window of {window} pixels, got {args.frame}")
-    image_level.settle(args, len(examples), 3000)
+    common.settle(args, len(examples), 3000)
     optimizer = (optim.AdaGrad if args.optimizer == "adagrad" else optim.SGD)(net, weight_decay=args.weight_decay)
     run = train.Run(Path(args.out) / args.name, common.settings(args, "measure_every", "tolerance", "align"), args.resume)
     low, high = (1.0, 1.0) if args.whole else oquab_weak.TRAIN_SCALES

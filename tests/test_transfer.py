@@ -21,6 +21,7 @@ from tinydet.ops import logistic_loss, softmax_loss
 from test_common import write_idx
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
+import common  # noqa: E402
 import image_level  # noqa: E402
 import pretrain  # noqa: E402
 import transfer  # noqa: E402
@@ -588,7 +589,7 @@ def test_the_paper_s_settings(capsys):
     assert weak.arguments(["--preset", "paper", "--lr", "0.01"]).lr == 0.01
     for program in (transfer, weak):                                # epochs of all samples, the last batch of one perhaps part of the next
         args = program.arguments(["--preset", "paper", "--batch", "10"])
-        image_level.settle(args, 101, 7)
+        common.settle(args, 101, 7)
         assert (args.steps, args.measure_every) == (303, 61) if program is transfer else (202, 41)
         args = program.arguments(["--preset", "paper", "--start", "random", "--width", "0.01"])
         with use("numba") as put:                                   # the net of NO PRETRAIN: the paper's, narrower

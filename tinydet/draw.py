@@ -171,10 +171,15 @@ def false_positives(mistakes, classes, folder):
     """Write a sheet for every class that has mistakes into the folder: <number>_<class>.png. mistakes: {class name: [Mistake]}."""
     folder.mkdir(parents=True, exist_ok=True)
     for k, (name, found) in enumerate(mistakes.items()):
-        path = folder / f"{k}_{''.join(c if c.isalnum() else '_' for c in name)[:50]}.png"
+        path = class_file(folder, k, name)
         path.unlink(missing_ok=True)                                # of an earlier evaluation of this run
         if found:
             save(false_positives_sheet(found, classes), path)
+
+
+def class_file(folder, k, name):
+    """Where the picture of class k goes: <k>_<name>.png, in letters and digits that every file system takes."""
+    return folder / f"{k}_{''.join(c if c.isalnum() else '_' for c in name)[:50]}.png"
 
 
 def save(picture, path):

@@ -32,6 +32,12 @@ def load(path, model, build):
     return net, settings
 
 
+def fits(wanted, arrays):
+    """Raise ValueError, for load, if a net of so many parameters is far larger than a file's arrays: it would be built before they are compared."""
+    if wanted > max(10**7, sum(a.size for a in arrays.values())):
+        raise ValueError(f"a net of {wanted:,} parameters, far larger than the file's arrays")
+
+
 def model(path):
     """The name of the model whose weights a file holds. Raises as load."""
     meta = read_arrays(path)[1]

@@ -398,7 +398,5 @@ def load(path):
 
 def _build(arrays, spec, dtype):
     spec = Spec(**spec)
-    wanted = sum(parameters(spec.layers, spec.outputs, *spec._how).values())
-    if wanted > max(10**7, sum(a.size for a in arrays.values())):
-        raise ValueError(f"a net of {wanted:,} parameters, far larger than the file's arrays")
+    weights.fits(sum(parameters(spec.layers, spec.outputs, *spec._how).values()), arrays)
     return Oquab(spec, np.random.default_rng(0), dtype)
