@@ -17,7 +17,7 @@ from tinydet.ops import boxes as box_ops, sort
 MODES = ("prec", "interp", "11pt")
 LEAST = 1e-3            # of delta, reach and least where the spread of the scores sets them
 WORDS = 4               # of 64 bits: candidates, and objects, of a class in an image that the kernels hold
-FIRST, LAST = -1, 1 << 30       # in place of a row: above, or below, every window of equal score
+FIRST, LAST = np.int64(-1), np.int64(1 << 30)      # in place of a row: above, or below, every window of equal score
 
 
 def loss(scores, boxes, images, gt_boxes, gt_labels, gt_images, gt_difficult=None, *, nms=0.3, match=0.5, most=100, ap="prec",
@@ -374,23 +374,27 @@ def _lists(batch, flags):
     return place, tops, entries
 
 
+# Compilation takes seconds: no wrappers for what only loops call, int64 alone (np.int64(-1), too: -1 has a type of its own), no copied slices.
+_inner = njit(cache=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+
+
 def _run_numba(batch, widths, env):
     c, K = batch.rows.shape
-    near, gt, kept = np.zeros((c, K, batch.longest), bool), np.full((c, K), -1, np.int32), np.zeros((c, K), bool)
-    flags, g, aps = np.full((c, K), -1, np.int32), np.zeros((c, K)), np.empty(c)
-    objects = batch.gt_box, batch.gt_start, batch.hard, batch.objects
-    _label(batch.box, batch.start, *objects, batch.nms, batch.match, batch.one, near, gt, kept, flags)
-    place, tops, entries = _lists(batch, flags)
+    near, gt, kept = np.zeros((c, K, batch.longest), bool), np.full((c, K), -1), np.zeros((c, K), bool)
+    flags, g, aps = np.full((c, K), -1), np.zeros((c, K)), np.empty(c)
+    start, gt_start, rows, P = (a.astype(np.int64) for a in (batch.start, batch.gt_start, batch.rows, batch.P))
+    _label(batch.box, start, batch.gt_box, gt_start, batch.hard, batch.objects, batch.nms, batch.match, batch.one, near, gt, kept, flags)
+    place, tops, entries = (a.astype(np.int64) for a in _lists(batch, flags))
     for k in range(c):
-        aps[k] = _walk(tops[k], batch.P[k], batch.mode, np.empty(0, np.int32), 0)
+        aps[k] = _walk(tops[k], P[k], batch.mode, tops[k, :0], 0)
     if widths is not None:
-        _slopes(batch.start, batch.score, batch.rows, near, gt, kept, flags, place, tops, entries, batch.P, aps, widths,
+        _slopes(start, batch.score, rows, near, gt, kept, flags, place, tops, entries, P, aps, widths,
                 batch.mode, batch.objects, bool(env), g)
     return aps, kept, flags, g
 
 
 class _Ranking(NamedTuple):
-    """What the loops read of one class."""
+    """What the loops read of one class: integers are int64."""
 
     score: np.ndarray
     row: np.ndarray
@@ -405,7 +409,7 @@ class _Ranking(NamedTuple):
     mode: int
 
 
-@njit(cache=True)
+@_inner
 def _areas(a, b, one, zero):
     """Intersection and union."""
     inter = max(zero, min(a[2], b[2]) - max(a[0], b[0]) + one) * max(zero, min(a[3], b[3]) - max(a[1], b[1]) + one)
@@ -413,7 +417,7 @@ def _areas(a, b, one, zero):
     return inter, own + other - inter
 
 
-@njit(cache=True, parallel=True, error_model="numpy")
+@njit(cache=True, parallel=True, error_model="numpy", no_cfunc_wrapper=True)
 def _label(box, start, gt_box, gt_start, hard, objects, nms, match, one, near, gt, kept, flags):
     """Overlaps, objects, NMS and flags, a class and image at a time."""
     images, zero = len(start) - 1, box.dtype.type(0)
@@ -440,7 +444,7 @@ def _label(box, start, gt_box, gt_start, hard, objects, nms, match, one, near, g
                     claimed[g] = True
 
 
-@njit(cache=True)
+@_inner
 def _greedy(near, first, end, gone, kept):
     for j in range(end - first):
         kept[j] = not gone[j]
@@ -449,7 +453,7 @@ def _greedy(near, first, end, gone, kept):
                 gone[l] |= near[first + j, l]
 
 
-@njit(cache=True)
+@_inner
 def _above(v, row, k, j):
     return v > k.score[j] or (v == k.score[j] and row < k.row[j])
 
@@ -477,7 +481,7 @@ def _walk(tops, P, mode, edits, count):
     return total / (11 if mode == 2 else P)
 
 
-@njit(cache=True)
+@_inner
 def _add(k, rank, P, mode, best, total):
     precision = k / rank
     if mode == 0:
@@ -486,7 +490,7 @@ def _add(k, rank, P, mode, best, total):
     return best, total + best * (1 if mode == 1 else 10 * k // P - 10 * (k - 1) // P + (k == 1))
 
 
-@njit(cache=True)
+@_inner
 def _rank(k, v, row):
     """How many entries of the list lie above (v, row)."""
     low, high = 0, k.entries[-1]
@@ -499,10 +503,10 @@ def _rank(k, v, row):
     return low
 
 
-@njit(cache=True)
+@_inner
 def _value(k, first, end, others, i, v, row, edits, claimed):
     """AP if of this image `others` are kept, and i, if it is not -1, at (v, row)."""
-    count, seat = 0, end + 1
+    count, seat = np.int64(0), end + 1
     claimed[:] = False
     if i >= 0 and k.gt[i] != -2:
         seat = first
@@ -529,22 +533,21 @@ def _value(k, first, end, others, i, v, row, edits, claimed):
     return _walk(k.tops, k.P, k.mode, edits, count)
 
 
-@njit(cache=True)
+@_inner
 def _states(k, first, end, i, on, off, gone):
     """on: the others kept while i is kept, off: while it is not. Returns the blocker, -1 if there is none."""
-    gone[:] = k.near[i, :end - first] & (not k.kept[i])
-    gone[i - first] = True
     again, same = (off, on) if k.kept[i] else (on, off)
+    for l in range(end - first):
+        gone[l], same[l] = k.near[i, l] and not k.kept[i], k.kept[first + l]
+    gone[i - first], same[i - first] = True, False
     _greedy(k.near, first, end, gone, again)
-    same[:] = k.kept[first:end]
-    same[i - first] = False
     for j in range(first, end):
         if off[j - first] and k.near[i, j - first]:
             return j
     return -1
 
 
-@njit(cache=True)
+@_inner
 def _difference(k, first, end, i, now, delta, on, off, gone, edits, claimed):
     s, row, g = k.score[i], k.row[i], k.gt[i]
     high, low = s + delta, s - delta
@@ -563,10 +566,10 @@ def _difference(k, first, end, i, now, delta, on, off, gone, edits, claimed):
     if j < end and not _above(low, row, k, j):
         blocker = _states(k, first, end, i, on, off, gone)
     else:
-        on[:] = k.kept[first:end]
-        on[i - first] = False
+        for l in range(end - first):
+            on[l] = k.kept[first + l] and l != i - first
     if blocker >= 0 and not _above(low, row, k, blocker):
-        down = _value(k, first, end, off, -1, low, row, edits, claimed)
+        down = _value(k, first, end, off, np.int64(-1), low, row, edits, claimed)
     elif g == -2:
         return 0.0
     else:
@@ -574,7 +577,7 @@ def _difference(k, first, end, i, now, delta, on, off, gone, edits, claimed):
     return (_value(k, first, end, on, i, high, row, edits, claimed) - down) / (2 * delta)
 
 
-@njit(cache=True)
+@_inner
 def _envelope(k, first, end, i, now, reach, least, on, off, gone, edits, claimed):
     """One walk up the list and one down, from i's place: "prec" changes by what a swap with each entry does to AP."""
     s, g, K, total = k.score[i], k.gt[i], len(k.score), 0.0
@@ -633,20 +636,20 @@ def _envelope(k, first, end, i, now, reach, least, on, off, gone, edits, claimed
             else:
                 e -= side
         if side < 0 and k.kept[i] and blocker >= 0 and s - k.score[blocker] <= reach:
-            slope = (now - _value(k, first, end, off, -1, s, row, edits, claimed)) / max(s - k.score[blocker], least)
+            slope = (now - _value(k, first, end, off, np.int64(-1), s, row, edits, claimed)) / max(s - k.score[blocker], least)
             low, high = min(low, slope), max(high, slope)
         total += low + high
     return total / 2
 
 
-@njit(cache=True, parallel=True)
+@njit(cache=True, parallel=True, no_cfunc_wrapper=True)
 def _slopes(start, score, rows, near, gt, kept, flags, place, tops, entries, P, aps, widths, mode, objects, env, g):
     images = len(start) - 1
     for at in prange(len(score) * images):
         c, first, end = at // images, start[at % images], start[at % images + 1]
         k = _Ranking(score[c], rows[c], near[c], gt[c], kept[c], flags[c], place[c], tops[c], entries[c], P[c], mode)
-        on, off, gone = np.empty((3, end - first), np.bool_)
-        edits, claimed = np.empty(end - first + 1, np.int32), np.empty(objects, np.bool_)
+        on, off, gone = np.empty(end - first, np.bool_), np.empty(end - first, np.bool_), np.empty(end - first, np.bool_)
+        edits, claimed = np.empty(end - first + 1, np.int64), np.empty(objects, np.bool_)
         for i in range(first, end):
             if env:
                 g[c, i] = _envelope(k, first, end, i, aps[c], widths[c, 1], widths[c, 2], on, off, gone, edits, claimed)
