@@ -221,6 +221,23 @@ def keep_results(run, args, figures):
     return found
 
 
+def trained(args, put, program, name, *options):
+    """Weights of <out>/<name>, a run of another program, which is trained, or trained to the end, if they are not there.
+
+    program: its module; options: more words of its command line. A run of args.name that may not be there is refused before.
+    """
+    folder = Path(args.out) / name
+    if not (folder / "weights.npz").is_file():
+        if (Path(args.out) / args.name / "config.json").exists() and not args.resume:
+            raise FileExistsError(f"{Path(args.out) / args.name} holds a run already; resume it, or choose another name")
+        print(f"first the source net, into {folder}")
+        resume = ["--resume"] if (folder / "config.json").exists() else []
+        words = ["--out", args.out, "--name", name, "--backend", args.backend, "--seed", str(args.seed), *options, *resume]
+        program.main(program.arguments(words), put)
+        args.resume = args.resume and (Path(args.out) / args.name / "config.json").exists()         # what was stopped may have been this
+    return folder / "weights.npz"
+
+
 def start(main, args):
     """Run main(args, put) on its backend; errors end in one line, and Ctrl-C says how to go on."""
     try:

@@ -1,7 +1,6 @@
 """What transfer.py and weak_localization.py share: the net that they start from, figures of whole images, pictures."""
 import dataclasses
 import math
-from pathlib import Path
 
 import common                                                       # before numpy, as tinydet: sets how BLAS threads wait
 import numpy as np
@@ -61,26 +60,13 @@ def build(args, put, examples, classes, head, **more):
         net = oquab.Oquab(oquab.Spec(**{"mean": mean, "std": std, **args.scratch, **given, **own}), rng)
     else:
         if not args.weights:
-            args.weights = str(_trained(args, put))
+            args.weights = str(common.trained(args, put, pretrain, "pretrain"))
         source = oquab.load(args.weights)[0]
         net = oquab.Oquab(dataclasses.replace(source.spec, **own), rng)
         oquab.take_over(net, source)
     args.tolerance = args.tolerance if args.tolerance is not None else 4.0 if net.spec.table == "small" else 18.0
     oquab.freeze(net.to(put), args.trains)
     return net
-
-
-def _trained(args, put):
-    """Weights of <out>/pretrain, which is trained, or trained to the end, if they are not there."""
-    folder = Path(args.out) / "pretrain"
-    if not (folder / "weights.npz").is_file():
-        if (Path(args.out) / args.name / "config.json").exists() and not args.resume:
-            raise FileExistsError(f"{Path(args.out) / args.name} holds a run already; resume it, or choose another name")
-        print(f"first the source net, into {folder}")
-        resume = ["--resume"] if (folder / "config.json").exists() else []
-        pretrain.main(pretrain.arguments(["--out", args.out, "--backend", args.backend, "--seed", str(args.seed), *resume]), put)
-        args.resume = args.resume and (Path(args.out) / args.name / "config.json").exists()         # what was stopped may have been this
-    return folder / "weights.npz"
 
 
 # Figures of whole images

@@ -280,6 +280,28 @@ def test_the_hardest_are_chosen_and_background_alone_trains_too():
         assert values["loss"] == 0 and values["regions"] == 0 and not any(g.any() for k, g in net.grads.items())
 
 
+@pytest.mark.parametrize("name", fast_rcnn.SAMPLERS)
+def test_the_step_is_its_parts(name):
+    """To the bit: the trunk, head_step, backward. A trunk that does not train gets nothing, and the head the same, from backward_head."""
+    net = small(dropout=0.3)
+    x, regions = given(net)
+    values, chosen = fast_rcnn.step(net, x, regions, Sampler(name, batch=24), np.random.default_rng(4))
+    whole, rng = cleared(net), np.random.default_rng(4)
+    maps, trunk_cache = net.features(x, True, rng)
+    told, rows, dscores, ddeltas, cache = fast_rcnn.head_step(net, maps, regions, Sampler(name, batch=24), rng)
+    assert told == values and not any(g.any() for g in net.grads.values())
+    for a, b in zip(rows, chosen):
+        assert_array_equal(a, b)
+    assert dscores.shape == (told["regions"], 7) and ddeltas.shape == (told["regions"], 28)
+    dpooled = net.backward_head(dscores, ddeltas, cache)
+    head = cleared(net)
+    assert dpooled.shape == (told["regions"], 5, 5, 64) and dpooled.any()
+    net.parts["trunk"].backward(net.backward_regions(dscores, ddeltas, cache), trunk_cache)
+    for k, g in cleared(net).items():
+        assert_array_equal(g, whole[k], err_msg=k)
+        assert_array_equal(head[k], 0 if k.startswith("trunk.") else g, err_msg=k)
+
+
 def test_the_images_losses_add_up_as_sampler_accumulate_says():
     """An image of few survivors weighs as much as the other, or as its regions do (notes, sec. 2.4)."""
     net = small()
@@ -507,6 +529,50 @@ def test_scores_limits_and_overlaps_of_detection():
     assert len(found(min_score=1 / 3)) == 0 and len(found(min_score=0.33)) == 4         # above min_score, not at it
 
 
+class Outputs(Answers):
+    """p are the net's outputs themselves, the background's last."""
+
+    def regions(self, maps, rois):
+        left = np.round(rois[:, 1] / (min(maps.shape[1:3]) / 100), 6)
+        return np.array([self.p[v] for v in left], float), np.zeros((len(rois), 12)), None
+
+
+def test_raw_scores_rank_by_outputs_and_keep_negative_ones():
+    net = Outputs({0.0: [2.0, -1, 9], 40.0: [3.0, -7, -9], 80.0: [-2.5, -6, 0]})
+    regions = np.array([[0, 0, 20, 20], [40, 0, 60, 20], [80, 0, 100, 20], [30, 30, 30, 50.]])
+    boxes, labels, scores = fast_rcnn.detect(net, IMAGE, regions, fast_rcnn.Testing(short=(100,), scores="raw", min_score=0.9))     # no min_score
+    assert scores.tolist() == [3, 2, -1, -2.5, -6, -7] and labels.tolist() == [0, 0, 1, 0, 1, 1]
+    assert_allclose(boxes[:, 0], [40, 0, 0, 80, 80, 40], atol=1e-9)
+    _, _, soft = fast_rcnn.detect(net, IMAGE, regions, fast_rcnn.Testing(short=(100,), min_score=0.0))
+    assert len(soft) == 6 and soft[0] > 0.99 and (soft > 0).all() and (np.diff(soft) <= 0).all()
+    p, boxes = fast_rcnn.look(net, IMAGE, [np.zeros((1, 100, 120, 3))], np.array([1.0]), regions, fast_rcnn.Testing(scores="raw", chunk=2))
+    assert_array_equal(p, [[2, -1, 9], [3, -7, -9], [-2.5, -6, 0], [-np.inf] * 3])      # the last has no area
+    assert_array_equal(boxes[3], 0)
+
+
+def test_the_best_of_a_class_go_into_nms():
+    net = Outputs({0.0: [5.0, 0, 0], 4.0: [4.0, 1, 0], 60.0: [3.0, 2, 0], 90.0: [3.0, 2, 0]})
+    regions = np.array([[90, 0, 110, 20], [0, 0, 20, 20], [60, 0, 80, 20], [4, 0, 24, 20.]])
+
+    def found(**more):
+        boxes, labels, scores = fast_rcnn.detect(net, IMAGE, regions, fast_rcnn.Testing(**{"short": (100,), "scores": "raw", **more}))
+        return [(int(k), float(s), round(float(b[0]))) for b, k, s in zip(boxes, labels, scores)]
+    assert found() == [(0, 5, 0), (0, 3, 90), (0, 3, 60), (1, 2, 90), (1, 2, 60), (1, 1, 4)]
+    assert found(per_class=1) == [(0, 5, 0), (1, 2, 90)]                # equal scores: the first
+    assert found(per_class=2) == [(0, 5, 0), (1, 2, 90), (1, 2, 60)]    # the second of class 0 is dropped by the first: none comes after
+    assert found(per_class=3) == [(0, 5, 0), (0, 3, 90), (1, 2, 90), (1, 2, 60), (1, 1, 4)]
+    assert found(per_class=3, nms=0.9) == [(0, 5, 0), (0, 4, 4), (0, 3, 90), (1, 2, 90), (1, 2, 60), (1, 1, 4)]
+    assert found(per_class=4) == found() and [k for k, _, _ in found(scores="softmax", min_score=0.0, per_class=1)] == [0, 1]
+
+
+def test_many_equal_scores_are_cut_by_order():
+    rows = np.arange(100.0)
+    net = Outputs({v: [1.0, 0, 0] for v in rows})
+    regions = np.stack([rows, rows * 0, rows + 0.5, rows * 0 + 20], 1)[::-1]
+    boxes, labels, _ = fast_rcnn.detect(net, IMAGE, regions, fast_rcnn.Testing(short=(100,), scores="raw", per_class=40))
+    assert_allclose(boxes[labels == 0, 0], 99 - np.arange(40), atol=1e-9)
+
+
 def test_a_region_goes_where_its_area_is_nearest():
     net = Answers({0.0: [0.5, 0.1], 10.0: [0.5, 0.1]})
     testing = fast_rcnn.Testing(short=(50, 100), longest=200, near=30.0)
@@ -525,10 +591,17 @@ def test_a_region_goes_where_its_area_is_nearest():
 
 
 @pytest.mark.parametrize("change", [{"short": ()}, {"short": (8,)}, {"longest": 8}, {"limit": 0}, {"limit": -1}, {"chunk": 0}, {"near": float("nan")}, {"min_score": float("nan")},
-                                    {"nms": 1.5}, {"again": -1}, {"vote": float("nan")}, {"near": float("inf")}])
+                                    {"nms": 1.5}, {"again": -1}, {"vote": float("nan")}, {"near": float("inf")}, {"per_class": 0},
+                                    {"per_class": -3}, {"scores": "logit"}])
 def test_wrong_testing_is_named(change):
     with pytest.raises(ValueError, match=rf"^fast_rcnn\.Testing: {next(iter(change))}"):
         fast_rcnn.Testing(**change)
+
+
+def test_raw_scores_do_not_vote():
+    with pytest.raises(ValueError, match=r"^fast_rcnn\.Testing: scores must be softmax, or raw without iterate, got 'raw', iterate True"):
+        fast_rcnn.Testing(scores="raw", iterate=True)
+    assert fast_rcnn.Testing(scores="raw", per_class=7).per_class == 7
 
 
 def test_tiny_images_are_filled_up():

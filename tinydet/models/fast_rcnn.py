@@ -152,11 +152,15 @@ class FastRCNN(Composite):
         deltas, deltas_cache = self.parts["regressor"].forward(hidden, train, rng)
         return scores, deltas, (pool_cache, head_cache, scores_cache, deltas_cache)
 
+    def backward_head(self, dscores, ddeltas, cache):
+        """Add the head's gradients to `grads`, and return that of the pooled regions: for a trunk that does not train."""
+        _, head_cache, scores_cache, deltas_cache = cache
+        dhidden = self.parts["classifier"].backward(dscores, scores_cache) + self.parts["regressor"].backward(ddeltas, deltas_cache)
+        return self.parts["head"].backward(dhidden, head_cache)
+
     def backward_regions(self, dscores, ddeltas, cache):
         """Add the head's gradients to `grads`, and return that of the map."""
-        pool_cache, head_cache, scores_cache, deltas_cache = cache
-        dhidden = self.parts["classifier"].backward(dscores, scores_cache) + self.parts["regressor"].backward(ddeltas, deltas_cache)
-        return roi_pool.backward(self.parts["head"].backward(dhidden, head_cache), pool_cache)
+        return roi_pool.backward(self.backward_head(dscores, ddeltas, cache), cache[0])
 
     def forward(self, x, rois, train=False, rng=None):
         """Scores and deltas of regions of images x, and cache."""
@@ -340,7 +344,7 @@ def choose(net, maps, regions, arrays, sampler, batch, rng):
     return ohem.select(losses, arrays[0][:, 1:], arrays[1], batch, sampler.threshold, sampler.per_label)
 
 
-def _on_device(maps, n, regions):
+def on_device(maps, n, regions):
     """rois, labels and targets of the regions of image n, where maps lies."""
     put, dtype = array_module(maps).asarray, maps.dtype.name
     rois = np.column_stack([np.full(len(regions.boxes), float(n)), regions.boxes])
@@ -353,7 +357,7 @@ def mean_loss(net, x, regions, chunk=512):
     Running averages and no dropout, so it is the loss of the net as it would be used; nothing changes. Returns a float, NaN without regions.
     """
     maps, _ = net.features(x)
-    losses = [to_numpy(score(net, maps, *_on_device(maps, n, r), Sampler("all", chunk=chunk)))[r.labels >= 0] for n, r in enumerate(regions)]
+    losses = [to_numpy(score(net, maps, *on_device(maps, n, r), Sampler("all", chunk=chunk)))[r.labels >= 0] for n, r in enumerate(regions)]
     losses = np.concatenate([np.zeros(0), *losses])
     return float(losses.mean(dtype=np.float64)) if len(losses) else float("nan")
 
@@ -365,14 +369,23 @@ def step(net, x, regions, sampler, rng):
     notes, sec. 2.3). Returns a dict of numbers, "loss" first, with the share of the regions chosen that hold an object, and the list of the indices
     chosen in each image. On a GPU the numbers stay there; read are the counts of the chosen, one an image.
     """
-    N, K, dtype = len(x), net.spec.background, x.dtype
-    if len(regions) != N:
-        raise ValueError(f"fast_rcnn.step: there must be Regions for each of {N} images, got {len(regions)}")
-    xp = array_module(x)
+    if len(regions) != len(x):
+        raise ValueError(f"fast_rcnn.step: there must be Regions for each of {len(x)} images, got {len(regions)}")
     maps, trunk_cache = net.features(x, True, rng)
+    values, chosen, dscores, ddeltas, cache = head_step(net, maps, regions, sampler, rng)
+    net.parts["trunk"].backward(net.backward_regions(dscores, ddeltas, cache), trunk_cache)
+    return values, chosen
+
+
+def head_step(net, maps, regions, sampler, rng):
+    """The part of step() behind the trunk, from its maps (N, h, w, C) to the gradients of scores and deltas; none in `net.grads` yet.
+
+    Returns what step() does, and dscores, ddeltas and cache, for net.backward_regions or, with a trunk that does not train, backward_head.
+    """
+    N, K, dtype, xp = len(maps), net.spec.background, maps.dtype, array_module(maps)
     chosen, picked = [], []
     for n, r in enumerate(regions):
-        arrays = _on_device(maps, n, r)
+        arrays = on_device(maps, n, r)
         chosen.append(choose(net, maps, r, arrays, sampler, max(1, sampler.batch // N), rng))
         picked.append([a[chosen[-1]] for a in arrays])
     rois, labels, targets = (xp.concatenate(column) for column in zip(*picked))
@@ -386,8 +399,7 @@ def step(net, x, regions, sampler, rng):
     gamma = sampler.gamma if sampler.name == "focal" else 0.0
     scores, deltas, cache = net.regions(maps, rois, True, rng)
     value, dscores, ddeltas = roi_loss.loss(scores, deltas, labels, targets, weights.astype(dtype), gamma=gamma)
-    net.parts["trunk"].backward(net.backward_regions(dscores, ddeltas, cache), trunk_cache)
-    return {"loss": value, "regions": count, "positive": scalar(positive / max(1, count))}, chosen
+    return {"loss": value, "regions": count, "positive": scalar(positive / max(1, count))}, chosen, dscores, ddeltas, cache
 
 
 # Training images and detection
@@ -401,15 +413,20 @@ def training_image(spec, example, proposals, rng, mirror=True, jitter=0, most=No
     """
     if most is not None and len(proposals) > most:
         proposals = proposals[np.sort(rng.choice(len(proposals), most, replace=False))]
-    near = np.repeat(example.boxes, jitter, 0)
-    near = near + rng.uniform(-0.1, 0.1, near.shape) * np.tile(near[:, 2:] - near[:, :2], 2)
-    image, boxes = example.image(), np.concatenate([example.boxes, box_ops.clip(near, *example.size[::-1]), proposals])
+    image, boxes = example.image(), np.concatenate([example.boxes, jittered(example.boxes, jitter, example.size[::-1], rng), proposals])
     if mirror:
         image, boxes = augment.random_flip(image, boxes, rng)
     short = spec.short[rng.integers(len(spec.short))]
     image, boxes = augment.scale(image, boxes, augment.short_side_factor(image, short, spec.longest))
     count = len(example.boxes)
     return image, boxes[count:], boxes[:count], example.labels, example.difficult
+
+
+def jittered(boxes, copies, size, rng):
+    """Copies of boxes (G, 4), of which every edge moves by up to a tenth of the side: (copies * G, 4), cut at the image, (height, width) large."""
+    near = np.repeat(boxes, copies, 0)
+    near = near + rng.uniform(-0.1, 0.1, near.shape) * np.tile(near[:, 2:] - near[:, :2], 2)
+    return box_ops.clip(near, *size)
 
 
 def batch(net, images):
@@ -426,6 +443,8 @@ class Testing:
     score are cut by order, CHOICE). iterate: the boxes that score more than `again` (CHOICE; the notes have "high-scoring") go in as regions once
     more, and of both lists the kept boxes become the score-weighted mean of those that overlap by at least `vote` (MR-CNN's iterative boxes and
     voting).
+    scores: "softmax", the class's probability, or "raw", its output as it is, as nets trained for mAP rank (fast_rcnn_map.py): then there is no
+    min_score, and no iterate. per_class: the best so many of a class in an image before NMS (map-loss notes, sec. 2: 100); None: all.
     """
 
     short: tuple = (600,)
@@ -438,14 +457,18 @@ class Testing:
     again: float = 0.05
     vote: float = 0.5
     chunk: int = 512
+    scores: str = "softmax"
+    per_class: int = None
 
     def __post_init__(self):
         """Raise ValueError or TypeError for what cannot test."""
         op = "fast_rcnn.Testing"
+        if self.scores not in ("softmax", "raw") or self.iterate and self.scores == "raw":
+            raise ValueError(f"{op}: scores must be softmax, or raw without iterate, got {self.scores!r}, iterate {self.iterate}")
         if not self.short:
             raise ValueError(f"{op}: short must hold at least one side, got {self.short!r}")
         checks.small(op, 16, longest=self.longest, **{f"short {i}": s for i, s in enumerate(self.short)})
-        checks.whole(op, 1, limit=self.limit, chunk=self.chunk)
+        checks.whole(op, 1, limit=self.limit, chunk=self.chunk, **({} if self.per_class is None else {"per_class": self.per_class}))
         for name, least, most in (("near", 0, np.inf), ("min_score", 0, 1), ("nms", 0, 1), ("again", 0, 1), ("vote", 0, 1)):
             if not (least <= getattr(self, name) <= most and getattr(self, name) < np.inf):
                 raise ValueError(f"{op}: {name} must be a number from {least} to {most}, got {getattr(self, name)!r}")
@@ -468,8 +491,11 @@ def detect(net, image, proposals, testing):
         again_p, again = look(net, image, pyramid, factors, boxes[rows, labels], testing)
         p, boxes = np.concatenate([p, again_p]), np.concatenate([boxes, again])
     found = []
+    lowest = testing.min_score if testing.scores == "softmax" else -np.inf
     for k in range(net.spec.background):
-        seen = (p[:, k] > testing.min_score) & (box_ops.area(boxes[:, k]) > 0)
+        seen = np.flatnonzero((p[:, k] > lowest) & (box_ops.area(boxes[:, k]) > 0))
+        if testing.per_class is not None and len(seen) > testing.per_class:
+            seen = np.sort(seen[np.argsort(-p[seen, k], kind="stable")[:testing.per_class]])
         b, s = boxes[seen, k], p[seen, k]
         kept = nms.nms(b, s, testing.nms)
         voted = box_voting.box_voting(b[kept], b, s, testing.vote) if testing.iterate else b[kept]
@@ -480,12 +506,12 @@ def detect(net, image, proposals, testing):
 
 
 def look(net, image, pyramid, factors, regions, testing):
-    """Class probabilities (M, K + 1) and boxes (M, K, 4) of regions (M, 4), float64, in pixels of the image, cut at its border.
+    """Class probabilities, or raw scores, (M, K + 1) and boxes (M, K, 4) of regions (M, 4), float64, in pixels of the image, cut at its border.
 
-    Each region is pooled at the scale where its area is nearest near^2. Regions without area in the image give no probability.
+    Each region is pooled at the scale where its area is nearest near^2. Regions without area in the image give probability 0, score -inf.
     """
-    K, spec = net.spec.background, net.spec
-    p, boxes = np.zeros((len(regions), K + 1)), np.zeros((len(regions), K, 4))
+    K, spec, softmax = net.spec.background, net.spec, testing.scores == "softmax"
+    p, boxes = np.full((len(regions), K + 1), 0.0 if softmax else -np.inf), np.zeros((len(regions), K, 4))
     mean, std = spec.normalisation()
     area = box_ops.area(regions)
     level = abs(area[:, None] * factors ** 2 - testing.near ** 2).argmin(1)
@@ -495,7 +521,8 @@ def look(net, image, pyramid, factors, regions, testing):
             some = mine[first:first + testing.chunk]
             rois = np.column_stack([np.zeros(len(some)), regions[some] * factor]).astype(net.dtype)
             scores, deltas, _ = net.regions(maps, put(rois))
-            p[some] = softmax_loss.softmax(to_numpy(scores).astype(np.float64))
+            scores = to_numpy(scores).astype(np.float64)
+            p[some] = softmax_loss.softmax(scores) if softmax else scores
             deltas = to_numpy(deltas).reshape(-1, K + 1, 4)[:, :K].astype(np.float64) * std + mean
             for k in range(K):
                 boxes[some, k] = box_ops.clip(box_ops.decode(regions[some], deltas[:, k]), *image.shape[:2])

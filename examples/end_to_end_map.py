@@ -1,0 +1,304 @@
+"""Fine-tune a Fast R-CNN, trained with softmax, for mean average precision after NMS itself, in the spirit of Henderson & Ferrari
+(1607.03476; tinydet/models/fast_rcnn_map.py, tinydet/ops/map_loss.py, which say what of the paper could be read).
+
+    python examples/end_to_end_map.py                               # embedded scenes, the softmax-trained net included
+    python examples/end_to_end_map.py --loss softmax --name further # what it is compared with: as many further softmax updates
+    python examples/end_to_end_map.py --estimator env --name env    # the other pseudo-gradient
+    python examples/end_to_end_map.py --data FOLDER --weights runs/NAME/weights.npz --name cells        # a run of examples/ohem.py
+    python examples/end_to_end_map.py --trains all --batch 64       # the trunk, too; a batch needs no more memory than an image's caches
+
+The loss is 1 - mAP of a batch of images, ranked together, each class after NMS in each image. Without --weights the net is trained first, by
+examples/ohem.py --sampler random, in <out>/softmax, or softmax-FOLDER. With --trains head the maps of the trunk are computed once and kept.
+
+Everything goes to runs/<name>/: config.json, metrics.jsonl, checkpoint.npz, weights.npz (for examples/detect.py), detections.json, results.json,
+loss.png, precision_recall.png, detections.png, false_positives/, and
+curve.json, curve.png       average precision of the evaluation set and of training images while it trained, from the start
+profiles/<step>.png         AP as the score of one window moves: steps, the NMS breakpoint, and what both estimators make of them
+A run that was stopped goes on with --resume.
+"""
+import argparse
+import dataclasses
+import math
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import common                                                       # before numpy, as tinydet: sets how BLAS threads wait
+import numpy as np
+import ohem
+
+from tinydet import augment, draw, evaluate, optim, proposals, train
+from tinydet.backend import array_module, to_numpy
+from tinydet.models import fast_rcnn, fast_rcnn_map
+from tinydet.ops import map_loss
+
+
+def arguments(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    a = parser.add_argument
+    common.add_arguments(parser, "map")
+    a("--weights", metavar="FILE", help="weights.npz of examples/ohem.py (default: trained first)")
+    a("--loss", choices=("map", "softmax"), default="map", help="softmax: further updates of Fast R-CNN, on the same batches (%(default)s)")
+    a("--estimator", choices=("sde", "env"), default="sde", help="the pseudo-gradient: a finite step, or the linear envelope (%(default)s)")
+    a("--delta", type=float, help="half the finite step, in units of the scores (default: --kappa standard deviations of a class's candidates)")
+    a("--kappa", type=float, default=1.0, help="(%(default)s)")
+    a("--reach", type=float, help="how far the envelope looks (default: 3 standard deviations)")
+    a("--least", type=float, help="distance below which its slopes grow no more (default: 0.2 standard deviations)")
+    a("--ap", choices=map_loss.MODES, default="prec", help="which average precision the loss takes (%(default)s)")
+    a("--log", action="store_true", help="minimise -log(mAP), not 1 - mAP")
+    a("--scores", choices=fast_rcnn_map.RANKED, default="raw", help="by what windows rank (%(default)s)")
+    a("--batch", type=common.count, help="images a step (scenes 16, folders 32)")
+    a("--windows", type=common.count, default=1000, help="of a training image, drawn anew each time where there are more (%(default)s)")
+    a("--candidates", type=common.count, default=100, help="best windows of each class in an image that go into NMS (%(default)s)")
+    a("--box-weight", type=float, default=1.0, help="of smooth L1 beside the mAP loss (%(default)s)")
+    a("--softmax-weight", type=float, default=0.0, help="of cross-entropy beside the mAP loss (%(default)s)")
+    a("--score-weight", type=float, default=1e-4, help="of the candidates' mean squared score (%(default)s)")
+    a("--clip", type=float, default=1.0, help="limit of the norm of the mAP loss's gradient by the scores (%(default)s)")
+    a("--regions", type=common.count, default=64, help="of an image that train with --loss softmax (%(default)s)")
+    a("--jitter", type=common.count, default=4, help="jittered copies of each object, with --loss softmax (%(default)s)")
+    a("--trains", choices=fast_rcnn_map.TRAINS, default="head", help="what trains (%(default)s)")
+    a("--proposals", metavar="FILE", help="regions from a .mat or .json file, for a net trained on such")
+    a("--steps", type=common.count, default=100, help="training steps (%(default)s)")
+    a("--lr", type=float, help="largest learning rate, it falls along a cosine (map 0.01, softmax 0.005)")
+    a("--momentum", type=float, default=0.9, help="(%(default)s)")
+    a("--weight-decay", type=float, default=5e-4, help="(%(default)s)")
+    a("--watch", type=common.count, default=60, help="training images whose average precision is followed (%(default)s)")
+    a("--measure-every", type=common.count, metavar="STEPS", help="average precision, and a profile (default: a fifth of the steps)")
+    args = parser.parse_args(argv)
+    args.batch = args.batch or (32 if args.data else 16)
+    args.lr = (0.01 if args.loss == "map" else 0.005) if args.lr is None else args.lr
+    args.measure_every = args.measure_every or -(-args.steps // 5)
+    common.check(parser, args)
+    if args.name == source_name(args):
+        parser.error(f"--name must not be that of the softmax-trained net, {args.name}")
+    return args
+
+
+def source_name(args):
+    """The run in which the net is trained with softmax first, where no --weights are given."""
+    return f"softmax-{Path(args.data).resolve().name}" if args.data else "softmax"
+
+
+def objective_of(args, nms):
+    """The Objective of the arguments; NMS as at test time (notes, sec. 5, item 7). Raises ValueError for what is none."""
+    return fast_rcnn_map.Objective(args.scores, args.estimator, args.delta, args.kappa, args.reach, args.least, args.ap, args.log, args.candidates, nms,
+                                   box_weight=args.box_weight, softmax_weight=args.softmax_weight, score_weight=args.score_weight, clip=args.clip)
+
+
+def started(args, put, classes):
+    """The softmax-trained net, where its windows come from, and how it is tested; sets args.weights."""
+    if not args.weights:
+        place = ["--data", args.data, "--train-set", args.train_set, "--eval-set", args.eval_set] if args.data else ["--scenes", str(args.scenes)]
+        args.weights = str(common.trained(args, put, ohem, source_name(args), "--sampler", "random", *place))
+    net, settings = fast_rcnn.load(args.weights)
+    if tuple(net.spec.classes) != tuple(classes):
+        raise ValueError(f"end_to_end_map: {args.weights} must have the classes of the data, {', '.join(classes)}, got {', '.join(net.spec.classes)}")
+    source = args.proposals or settings.get("windows")
+    if source is None:
+        raise ValueError(f"end_to_end_map: {args.weights} was trained on proposals from a file: give those of these images by --proposals")
+    try:
+        testing = fast_rcnn.Testing(**settings.get("testing", {}))
+    except TypeError as error:
+        raise ValueError(f"end_to_end_map: {args.weights} must hold settings of examples/ohem.py, got: {error}") from None
+    scores = "raw" if (args.loss, args.scores) == ("map", "raw") else "softmax"
+    testing = dataclasses.replace(testing, scores=scores, min_score=0.0, per_class=args.candidates, limit=args.candidates * len(classes), iterate=False)
+    return fast_rcnn_map.freeze(net.to(put), args.trains), source, testing
+
+
+class Picture(NamedTuple):
+    """A training image, mirrored or not, as the net sees it. x: (1, H, W, 3), or None beside kept maps; the rest in its pixels."""
+
+    x: np.ndarray
+    maps: np.ndarray
+    size: tuple
+    proposals: np.ndarray
+    boxes: np.ndarray
+    labels: np.ndarray
+    difficult: np.ndarray
+
+
+def main(args, put):
+    start = time.perf_counter()
+    draw.require()
+    objective_of(args, 0.3)                                         # refuses what is wrong before anything is trained
+    examples, held_out, classes = common.read(args)
+    net, source, testing = started(args, put, classes)
+    objective = objective_of(args, testing.nms)
+    sampler = fast_rcnn.Sampler("random", args.regions * args.batch)
+    regions, test_regions = (proposals.for_examples(source, some) for some in (examples, held_out))
+    spec = dataclasses.replace(net.spec, short=(max(net.spec.short),))          # one scale, so that maps can be kept
+    optimizer = optim.SGD(net, args.momentum, args.weight_decay)
+    schedule = optim.cosine_schedule(args.lr, args.steps, args.steps // 20)
+    run = train.Run(Path(args.out) / args.name, common.settings(args, "measure_every", "watch"), args.resume)
+    print(f"{len(examples)} training and {len(held_out)} evaluation images, {len(classes)} classes; trains: {args.trains}, by {args.loss}", flush=True)
+    kept, fixed = {}, args.trains == "head"
+
+    def picture(j, mirrored):
+        if (j, mirrored) in kept:
+            return kept[j, mirrored]
+        image, windows, boxes, labels, difficult = fast_rcnn.training_image(spec, examples[j], regions[j], np.random.default_rng(0), mirror=False)
+        if mirrored:
+            image, both = augment.random_flip(image, np.concatenate([boxes, windows]), np.random.default_rng(0), 1.0)
+            boxes, windows = np.split(both, [len(boxes)])
+        return Picture(fast_rcnn.batch(net, [image]), None, image.shape[:2], windows, boxes, labels, difficult)
+
+    def prepare(i):
+        rng = np.random.default_rng([args.seed, i])
+        views = []
+        for j in rng.choice(len(examples), args.batch, replace=len(examples) < args.batch).tolist():
+            mirrored = bool(rng.integers(2))
+            p = picture(j, mirrored)
+            windows = p.proposals
+            if len(windows) > args.windows:
+                windows = windows[np.sort(rng.choice(len(windows), args.windows, replace=False))]
+            if args.loss == "softmax":                              # Fast R-CNN's regions: the objects, and some near them, too
+                near = np.concatenate([fast_rcnn.jittered(p.boxes, args.jitter, p.size, rng), windows])
+                found = fast_rcnn.label(spec, near, p.boxes, p.labels, p.difficult)
+                view = fast_rcnn_map.View(p.x, p.maps, p.size, found, p.boxes, p.labels, p.difficult)
+            else:
+                view = fast_rcnn_map.view(spec, p.size, windows, p.boxes, p.labels, p.difficult, p.x, p.maps)
+            views.append((j, mirrored, p, view))
+        return views, rng
+
+    def seen(j, mirrored, p, view):
+        """The view with what the trunk takes, or with its maps, which are kept while they fit."""
+        if view.x is not None:
+            x = put(view.x)
+            view = view._replace(x=None, maps=net.features(x)[0]) if fixed else view._replace(x=x)
+            if fixed and len(kept) * view.maps.nbytes < common.KEPT:
+                kept[j, mirrored] = p._replace(x=None, maps=view.maps)
+        return view
+
+    def step(i, prepared):
+        views, rng = prepared
+        views = [seen(*v) for v in views]
+        if i % args.measure_every == 0:
+            measure(i)
+            if args.loss == "map":
+                profiles(net, views, objective, classes, [args.seed, i], run.folder / "profiles" / f"{i:06d}.png")
+        if args.loss == "map":
+            return fast_rcnn_map.step(net, views, objective, [args.seed, i])
+        return softmax_step(net, views, sampler, rng)
+
+    watched = examples[:args.watch]
+
+    def measure(i):
+        detections = [fast_rcnn.detect(net, e.image(), p, testing) for e, p in zip(held_out, test_regions)]
+        found = evaluate.voc([fast_rcnn.detect(net, e.image(), p, testing) for e, p in zip(watched, regions)], watched, classes)
+        return detections, common.measure(run, i, detections, held_out, classes, **{"train AP50": evaluate.mean_ap(found)})
+
+    train.fit(run, net, optimizer, schedule, args.steps, step, args.checkpoint_every, prepare, args.workers)
+
+    detections, curve = measure(args.steps)
+    if args.loss == "map":
+        views = [seen(*v) for v in prepare(0)[0]]
+        profiles(net, views, objective, classes, [args.seed, 0], run.folder / "profiles" / f"{args.steps:06d}.png")
+    draw.measurements(curve, ("mean AP50", "train AP50"), run.folder / "curve.png")
+    settings = {"windows": source if isinstance(source, dict) else None, "testing": dataclasses.asdict(testing)}
+    return common.finish(run, args, detections, held_out, classes, ("loss", "map_loss") if args.loss == "map" else ("loss",),
+                         lambda path, cut: fast_rcnn.save(net, path, {**settings, "cut": cut}), testing=settings["testing"], curve=curve,
+                         seconds=None if args.resume else round(time.perf_counter() - start))
+
+
+def softmax_step(net, views, sampler, rng):
+    """A step of Fast R-CNN on the views, as fast_rcnn.step, with maps that are kept where the trunk does not train."""
+    found = [v.regions for v in views]
+    trunk, xp = net.parts["trunk"], array_module(views[0].x if views[0].maps is None else views[0].maps)
+    maps, caches = zip(*((v.maps, None) if v.x is None else net.features(v.x, True, rng) for v in views))
+    values, _, dscores, ddeltas, cache = fast_rcnn.head_step(net, stacked(maps, xp), found, sampler, rng)
+    if trunk.frozen:
+        net.backward_head(dscores, ddeltas, cache)
+    else:
+        for m, dmaps, c in zip(maps, net.backward_regions(dscores, ddeltas, cache), caches):
+            trunk.backward(dmaps[None, :m.shape[1], :m.shape[2]], c)
+    return values
+
+
+def stacked(maps, xp):
+    """Maps (1, h, w, C) of different sizes as one array (N, H, W, C), each in the upper left corner, the rest 0."""
+    y = xp.zeros((len(maps), max(m.shape[1] for m in maps), max(m.shape[2] for m in maps), maps[0].shape[3]), maps[0].dtype)
+    for n, m in enumerate(maps):
+        y[n, :m.shape[1], :m.shape[2]] = m[0]
+    return y
+
+
+# A picture of the pseudo-gradient
+
+KINDS = {"kept, a true positive": lambda kept, flag: kept & (flag == 1), "kept, a false positive": lambda kept, flag: kept & (flag == 0),
+         "suppressed": lambda kept, flag: ~kept}
+
+
+def profiles(net, views, objective, classes, seed, path):
+    """Draw AP of a class of the batch as the score of one window moves: of each of KINDS that of the largest pseudo-gradient."""
+    scores, deltas = fast_rcnn_map.outputs(net, views, objective, seed)
+    given = fast_rcnn_map.ranked(net, fast_rcnn_map.ranking_scores(scores, objective.scores), deltas, views)
+    given = to_numpy(given[0]), to_numpy(given[1]), *given[2:]
+    options = objective.ranking()
+    shared = {k: options[k] for k in ("nms", "match", "most", "ap")}
+    slopes = {name: -map_loss.loss(*given, **{**options, "estimator": name, "log": False})[1] for name in ("sde", "env")}
+    _, kept, flags = map_loss.average_precisions(*given, **shared)
+    present = sorted(set(given[4][~given[6]].tolist()))
+    drawn = []
+    for kind, of in KINDS.items():
+        size = np.where(of(kept, flags), abs(slopes[objective.estimator]), 0.0)
+        if size.max(initial=0) > 0:
+            window, k = map(int, np.unravel_index(size.argmax(), size.shape))
+            points, values, blocker = map_loss.profile(*given, window=window, label=k, **shared)
+            drawn.append({"title": f"{classes[k]}, {kind}", "points": points, "values": values, "blocker": blocker, "score": float(given[0][window, k]),
+                          "slopes": {name: float(s[window, k]) * len(present) for name, s in slopes.items()},
+                          **dict(zip(("delta", "reach", "least"), widths(given[0], views, k, objective)))})
+    if drawn:
+        path.parent.mkdir(exist_ok=True)
+        draw.save(profile_figure(drawn), path)
+
+
+def widths(z, views, k, objective):
+    """delta, reach and least of class k, as map_loss.loss takes them: where none is given, from the standard deviation of its candidates."""
+    sigma = float(z[:, k][fast_rcnn_map.candidates(z, views, objective.most)[:, k]].astype(np.float64).std())
+    given = (objective.delta, objective.kappa), (objective.reach, 3), (objective.least, 0.2)
+    return [max(factor * sigma, map_loss.LEAST) if width is None else width for width, factor in given]
+
+
+def profile_figure(drawn):
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(7, 3.2 * len(drawn)), dpi=110, layout="constrained")
+    for axes, d in zip(figure.subplots(len(drawn), squeeze=False)[:, 0], drawn):
+        s, reach = d["score"], min(d["reach"], 6 * d["delta"])
+        low, high = s - 1.3 * max(reach, d["delta"]), s + 1.3 * max(reach, d["delta"])
+        inside = (d["points"] > low) & (d["points"] < high)
+        first = int(np.searchsorted(d["points"], low, "right"))
+        values = d["values"][first:first + inside.sum() + 1]
+        axes.stairs(values, [low, *d["points"][inside], high], baseline=None, color="0.3", label="AP of the class")
+
+        def at(v):
+            return d["values"][np.searchsorted(d["points"], v)]
+        if math.isfinite(d["blocker"]) and low < d["blocker"] < high:
+            axes.axvline(d["blocker"], color="0.6", linestyle=":", label="NMS: suppressed below")
+        ends = np.array([s - d["delta"], s + d["delta"]])
+        axes.plot(ends, [at(v) for v in ends], marker="o", color=draw.COLOURS[0], label=f"finite step: slope {d['slopes']['sde']:+.4f}")
+        lines = envelope(d["points"], d["values"], s, at(s), d["reach"], d["least"])
+        for side, slope, name in lines:
+            far = np.array([0, side * max(reach, d["delta"])])
+            axes.plot(s + far, at(s) + slope * far, color=draw.COLOURS[1], linestyle="--", linewidth=1,
+                      label=f"envelope: slope {d['slopes']['env']:+.4f}" if name == "U+" else None)
+        axes.plot([s], [at(s)], marker="D", color="black", linestyle="", label="now")
+        spread = max(np.ptp(values), 1e-3)
+        axes.set(title=d["title"], xlabel="score of the window", ylabel="AP", xlim=(low, high), ylim=(values.min() - spread / 2, values.max() + spread / 2))
+        axes.legend(fontsize="x-small")
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def envelope(points, values, s, now, reach, least):
+    """The lines of the envelope: (side, slope, name) of U+, L+, U-, L- (map-loss notes, sec. 3.2)."""
+    found = []
+    for side in (1, -1):
+        away = side * (points - s)
+        beyond = values[1:] if side > 0 else values[:-1]
+        slopes = [0.0, *(side * (beyond - now) / np.maximum(away, least))[(away >= 0) & (away <= reach)]]
+        found += [(side, max(slopes), "U+" if side > 0 else "U-"), (side, min(slopes), "L+" if side > 0 else "L-")]
+    return found
+
+
+if __name__ == "__main__":
+    common.start(main, arguments())
