@@ -53,6 +53,7 @@ def arguments(argv=None):
     a("--box-weight", type=float, default=1.0, help="of smooth L1 beside the mAP loss (%(default)s)")
     a("--softmax-weight", type=float, default=0.0, help="of cross-entropy beside the mAP loss (%(default)s)")
     a("--score-weight", type=float, default=1e-4, help="of the candidates' mean squared score (%(default)s)")
+    a("--centre", action="store_true", help="take the mean off a class's pseudo-gradients")
     a("--clip", type=float, default=1.0, help="limit of the norm of the mAP loss's gradient by the scores (%(default)s)")
     a("--regions", type=common.count, default=64, help="of an image that train with --loss softmax (%(default)s)")
     a("--jitter", type=common.count, default=4, help="jittered copies of each object, with --loss softmax (%(default)s)")
@@ -82,7 +83,8 @@ def source_name(args):
 def objective_of(args, nms):
     """The Objective of the arguments; NMS as at test time (notes, sec. 5, item 7). Raises ValueError for what is none."""
     return fast_rcnn_map.Objective(args.scores, args.estimator, args.delta, args.kappa, args.reach, args.least, args.ap, args.log, args.candidates, nms,
-                                   box_weight=args.box_weight, softmax_weight=args.softmax_weight, score_weight=args.score_weight, clip=args.clip)
+                                   box_weight=args.box_weight, softmax_weight=args.softmax_weight, score_weight=args.score_weight, clip=args.clip,
+                                   centre=args.centre)
 
 
 def started(args, put, classes):

@@ -224,8 +224,9 @@ def test_it_trains_by_softmax_on_the_same_batches(soft, weights):
     ([], {}),
     (["--estimator", "env", "--reach", "2.5", "--least", "0.1", "--ap", "interp", "--log", "--scores", "log_softmax", "--candidates", "30"],
      {"estimator": "env", "reach": 2.5, "least": 0.1, "ap": "interp", "log": True, "scores": "log_softmax", "most": 30}),
-    (["--delta", "0.5", "--kappa", "2", "--box-weight", "0.25", "--softmax-weight", "0.1", "--score-weight", "0.01", "--clip", "3"],
-     {"delta": 0.5, "kappa": 2.0, "box_weight": 0.25, "softmax_weight": 0.1, "score_weight": 0.01, "clip": 3.0})])
+    (["--delta", "0.5", "--kappa", "2", "--box-weight", "0.25", "--softmax-weight", "0.1", "--score-weight", "0.01", "--clip", "3",
+      "--centre"],
+     {"delta": 0.5, "kappa": 2.0, "box_weight": 0.25, "softmax_weight": 0.1, "score_weight": 0.01, "clip": 3.0, "centre": True})])
 def test_every_setting_reaches_the_objective(words, expected):
     assert program.objective_of(program.arguments(words), 0.45) == fast_rcnn_map.Objective(**{"nms": 0.45, **expected})
 

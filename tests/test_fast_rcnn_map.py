@@ -146,6 +146,10 @@ def loss_by_definition(net, scores, deltas, views, o):
     values["map_loss"], dz = map_loss.loss(
         z, boxes_by_definition(net, deltas, views), owner, truth[0], truth[1], held, truth[2], nms=o.nms, match=o.match, most=o.most, ap=o.ap,
         estimator=o.estimator, delta=o.delta, kappa=o.kappa, reach=o.reach, least=o.least, log=o.log)
+    chosen = candidates_by_definition(z, views, o.most)
+    if o.centre:
+        for k in range(K):
+            dz[chosen[:, k], k] -= dz[:, k].sum() / max(1, chosen[:, k].sum())
     dmap = np.array([d @ jacobian for d, (_, jacobian) in zip(dz, ranking)]).reshape(scores.shape)
     norm = values["norm"] = np.sqrt((dmap ** 2).sum())
     dscores += o.map_weight * dmap * (1 if o.clip is None or norm <= o.clip else o.clip / norm)
@@ -158,7 +162,6 @@ def loss_by_definition(net, scores, deltas, views, o):
         values["box"] += np.where(abs(d) < 1, d * d / 2, abs(d) - 0.5).sum() / len(boxes)
         ddeltas[r, labels[r]] = o.box_weight * np.clip(d, -1, 1) / len(boxes)
 
-    chosen = candidates_by_definition(z, views, o.most)
     values["scores"] = (scores[:, :K][chosen] ** 2).sum() / max(1, chosen.sum())
     dscores[:, :K][chosen] += o.score_weight * 2 * scores[:, :K][chosen] / max(1, chosen.sum())
     total = o.map_weight * values["map_loss"] + o.box_weight * values["box"] + o.score_weight * values["scores"]
@@ -231,7 +234,8 @@ def test_two_passes_are_one_pass(how):
 
 @pytest.mark.parametrize("options", [{"ap": "interp", "delta": 0.3}, {"ap": "11pt", "nms": 0.5}, {"match": 0.3, "kappa": 2.0},
                                      {"estimator": "env", "reach": 0.5, "least": 0.3},
-                                     {"map_weight": 2.5, "clip": 0.01}, {"clip": None, "most": 3, "score_weight": 0.0}, {"box_weight": 0.0}])
+                                     {"map_weight": 2.5, "clip": 0.01}, {"clip": None, "most": 3, "score_weight": 0.0}, {"box_weight": 0.0}, {"centre": True},
+                                     {"centre": True, "scores": "log_odds"}])
 def test_every_option_arrives(options):
     net = made()
     views = views_of(net)
@@ -453,6 +457,20 @@ def test_clip_limits_the_pseudo_gradient_of_the_batch_alone():
         others = pulls(map_weight=0.0, score_weight=2.0, softmax_weight=5.0)
         assert np.linalg.norm(others) > norm / 8                        # the other terms are not cut
         assert_allclose(pulls(clip=norm / 8, score_weight=2.0, softmax_weight=5.0) - others, free / 8, rtol=1e-9, atol=1e-12)
+
+
+def test_centred_pseudo_gradients_sum_to_zero_over_the_candidates():
+    net = made()
+    views = views_of(net)
+    said = fast_rcnn_map.outputs(net, views, Objective(), (0,))
+    alone = {"scores": "raw", "score_weight": 0.0, "clip": None, "most": 6, "delta": 0.7}
+    plain, centred = (fast_rcnn_map.loss(net, *said, views, Objective(**alone, centre=centre))[1] for centre in (False, True))
+    chosen = fast_rcnn_map.candidates(fast_rcnn_map.ranking_scores(said[0], "raw"), views, 6)
+    moved = abs(plain).sum(0)[:K] > 0
+    assert moved.any() and (abs(plain.sum(0)[:K][moved]) > 1e-6).all() and not centred[:, :K][~chosen].any()
+    assert_allclose(centred.sum(0), 0, atol=1e-15)
+    assert_array_equal(centred[:, :K][:, ~moved], 0)
+    assert_allclose(np.diff(centred[:, :K][chosen[:, 0], 0]), np.diff(plain[:, :K][chosen[:, 0], 0]), rtol=1e-9, atol=1e-15)        # only shifted
 
 
 # Boxes and candidates

@@ -30,6 +30,9 @@ class Objective:
 
     scores: by what windows rank, see ranking_scores; the pseudo-gradient goes through its Jacobian. estimator to match: as map_loss.loss. clip: limit
     of the norm of L_mAP's gradient by the outputs of the whole batch, None for no limit.
+    centre: take the mean over a class's candidates off its pseudo-gradient. AP stays where all scores of a class move together, so that a gradient
+    of it would sum to 0 over them; the pseudo-gradients, each of one window moved alone, do not: most candidates are false ones that can only do
+    harm, and are pushed down together. With large steps and high rates the true ones go with them (CHOICE, not in the notes; README has figures).
     Smooth L1: mean over the windows of IoU >= 0.5 with an object; cross-entropy: mean over all windows, ignored ones left out. score_weight: AP is
     the same for all scores times 2; this keeps them in place. The candidates of a class are its `most` best of each image.
     chunk: regions that go through the head together.
@@ -51,6 +54,7 @@ class Objective:
     softmax_weight: float = 0.0
     score_weight: float = 1e-4
     clip: float = 1.0
+    centre: bool = False
     chunk: int = 1024
 
     def __post_init__(self):
@@ -188,6 +192,9 @@ def loss(net, scores, deltas, views, objective):
     labels, targets = (np.concatenate([getattr(v.regions, name) for v in views]) for name in ("labels", "targets"))
     ddeltas, z, values = xp.zeros_like(deltas), ranking_scores(scores, objective.scores), {}
     values["map_loss"], dz = map_loss.loss(*ranked(net, z, deltas, views), **objective.ranking())
+    chosen = candidates(z, views, objective.most)
+    if objective.centre:
+        dz = xp.where(chosen, dz - dz.sum(0) / xp.maximum(chosen.sum(0), 1).astype(dtype), dtype.type(0))
     dscores = ranking_backward(dz, scores, objective.scores)
     values["norm"] = optim.clip_norm({"scores": dscores}, objective.clip or np.finfo(np.float64).max)
     dscores *= dtype.type(objective.map_weight)
@@ -197,7 +204,6 @@ def loss(net, scores, deltas, views, objective):
     values["box"], d = box_loss.smooth_l1(deltas.reshape(-1, K + 1, 4)[at, of], xp.asarray(targets[held].astype(dtype.name)))
     ddeltas.reshape(-1, K + 1, 4)[at, of] = dtype.type(objective.box_weight) * d
 
-    chosen = candidates(z, views, objective.most)
     kept, count = xp.where(chosen, scores[:, :K], dtype.type(0)), xp.maximum(chosen.sum(), 1).astype(dtype)
     values["scores"] = scalar((kept * kept).sum() / count)
     dscores[:, :K] += dtype.type(2 * objective.score_weight) / count * kept
