@@ -59,6 +59,7 @@ CLAIMS = [
     claim("further softmax updates beat the net they start from", "softmax", "start"),
     claim("further softmax updates beat the net they start from", "cards, softmax", "cards, start", "playing-cards"),
     claim("the finite step beats the linear envelope", "map", "env"),
+    claim("the finite step beats the linear envelope, centred", "map", "env, centred"),
     claim("the finite step beats the linear envelope", "cards, map", "cards, env", "playing-cards"),
     *(claim(f"a step of one standard deviation beats one of {v}", name + "map", f"{name}step of {v} sigma", data)
       for v in ("0.25", "4") for name, data in (("", "bccd"), ("cards, ", "playing-cards"))),

@@ -27,7 +27,7 @@ import end_to_end_map as program  # noqa: E402
 import ohem  # noqa: E402
 
 TINY = ["--scenes", "6", "--steps", "4", "--measure-every", "2", "--checkpoint-every", "2", "--batch", "4", "--windows", "60", "--candidates", "20",
-        "--watch", "2", "--lr", "0.002"]
+        "--watch", "2", "--lr", "0.002", "--scores", "raw", "--score-weight", "0.0001"]
 WINDOWS = {"sizes": [24.0, 48.0], "ratios": [1.0], "step": 0.5}
 FILES = {"config.json", "metrics.jsonl", "checkpoint.npz", "weights.npz", "detections.json", "results.json", "loss.png", "precision_recall.png",
          "detections.png", "false_positives", "curve.json", "curve.png"}
@@ -222,20 +222,20 @@ def test_it_trains_by_softmax_on_the_same_batches(soft, weights):
 
 @pytest.mark.parametrize("words, expected", [
     ([], {}),
-    (["--estimator", "env", "--reach", "2.5", "--least", "0.1", "--ap", "interp", "--log", "--scores", "log_softmax", "--candidates", "30"],
-     {"estimator": "env", "reach": 2.5, "least": 0.1, "ap": "interp", "log": True, "scores": "log_softmax", "most": 30}),
+    (["--estimator", "env", "--reach", "2.5", "--least", "0.1", "--ap", "interp", "--log", "--scores", "raw", "--candidates", "30"],
+     {"estimator": "env", "reach": 2.5, "least": 0.1, "ap": "interp", "log": True, "scores": "raw", "most": 30}),
     (["--delta", "0.5", "--kappa", "2", "--box-weight", "0.25", "--softmax-weight", "0.1", "--score-weight", "0.01", "--clip", "3",
       "--centre"],
      {"delta": 0.5, "kappa": 2.0, "box_weight": 0.25, "softmax_weight": 0.1, "score_weight": 0.01, "clip": 3.0, "centre": True})])
 def test_every_setting_reaches_the_objective(words, expected):
-    assert program.objective_of(program.arguments(words), 0.45) == fast_rcnn_map.Objective(**{"nms": 0.45, **expected})
+    assert program.objective_of(program.arguments(words), 0.45) == fast_rcnn_map.Objective(**{"nms": 0.45, "scores": "log_odds", "score_weight": 0.01, **expected})
 
 
 def test_defaults_depend_on_loss_and_data():
     given = [], ["--loss", "softmax", "--steps", "11"], ["--data", "d", "--lr", "0.1", "--batch", "5"]
     plain, soft, folder = map(program.arguments, given)
-    assert (plain.batch, plain.lr, plain.measure_every, plain.name, plain.trains) == (16, 0.01, 20, "map", "head")
-    assert (soft.batch, soft.lr, soft.measure_every) == (16, 0.005, 3) and program.arguments(["--data", "d"]).batch == 32
+    assert (plain.batch, plain.lr, plain.measure_every, plain.name, plain.trains) == (32, 0.0003, 12, "map", "head")
+    assert (soft.batch, soft.lr, soft.measure_every) == (32, 0.005, 3)
     assert (folder.batch, folder.lr) == (5, 0.1)
 
 
