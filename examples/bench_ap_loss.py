@@ -22,19 +22,15 @@ labels are a quarter as much again. With --backend cuda loop, sort and memory ar
 PyTorch's threads follow; set it to ACTIVE for PyTorch's own.
 """
 import argparse
-import json
 import os
-import sys
 import time
 from functools import partial
-from types import SimpleNamespace
 
 import tinydet                                                      # before numpy: sets how BLAS threads wait
-import numba
 import numpy as np
 import timing
 
-from tinydet import to_numpy, use
+from tinydet import to_numpy
 from tinydet.backend import array_module
 from tinydet.ops.ap_loss import ap_loss
 
@@ -240,14 +236,4 @@ def arguments(argv=None):
 
 
 if __name__ == "__main__":
-    args = arguments()
-    probed = args.probe and SimpleNamespace(**json.loads(args.probe))
-    numba.set_num_threads(min((probed or args).threads, numba.config.NUMBA_NUM_THREADS))
-    try:
-        with use((probed or args).backend) as put:
-            if probed:
-                print(json.dumps(probe(probed.form, probed, put)))
-            else:
-                main(args, put)
-    except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
+    timing.start(main, probe, arguments())

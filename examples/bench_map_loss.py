@@ -31,11 +31,8 @@ Figures worth quoting need 20 turns and an idle machine.
 """
 import argparse
 import itertools
-import json
-import sys
 import time
 from functools import partial
-from types import SimpleNamespace
 
 import tinydet                                                      # before numpy: sets how BLAS threads wait
 import numpy as np
@@ -383,13 +380,4 @@ def arguments(argv=None):
 
 
 if __name__ == "__main__":
-    args = arguments()
-    probed = args.probe and SimpleNamespace(**json.loads(args.probe))
-    try:
-        with use((probed or args).backend) as put:
-            if probed:
-                print(json.dumps(probe(probed.form, probed, put)))
-            else:
-                main(args, put)
-    except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
+    timing.start(main, probe, arguments())

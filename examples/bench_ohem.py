@@ -25,16 +25,13 @@ With --backend cuda the memory is that of CuPy's pool (unverified: not yet run o
 Figures worth quoting need 20 turns and an idle machine.
 """
 import argparse
-import json
-import sys
 import time
-from types import SimpleNamespace
 
 import tinydet                                                      # before numpy: sets how BLAS threads wait
 import numpy as np
 import timing
 
-from tinydet import data, optim, proposals, scenes, to_numpy, use
+from tinydet import data, optim, proposals, scenes, to_numpy
 from tinydet.backend import array_module
 from tinydet.models import fast_rcnn
 from tinydet.models.fast_rcnn import Sampler
@@ -261,13 +258,4 @@ def arguments(argv=None):
 
 
 if __name__ == "__main__":
-    args = arguments()
-    probed = args.probe and SimpleNamespace(**json.loads(args.probe))
-    try:
-        with use((probed or args).backend) as put:
-            if probed:
-                print(json.dumps(probe(probed.form, probed, put)))
-            else:
-                main(args, put)
-    except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
+    timing.start(main, probe, arguments())

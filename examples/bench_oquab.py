@@ -20,18 +20,15 @@ PyTorch unknown), and resident, by how much the process grew (VmHWM; off Linux r
 Figures worth quoting need 20 turns, an idle machine, and both threads (NUMBA_NUM_THREADS, OPENBLAS_NUM_THREADS, --threads).
 """
 import argparse
-import json
 import os
 import sys
 import time
-from types import SimpleNamespace
 
 import tinydet                                                      # before numpy: sets how BLAS threads wait
-import numba
 import numpy as np
 import timing
 
-from tinydet import augment, checks, to_numpy, use
+from tinydet import augment, checks, to_numpy
 from tinydet.backend import array_module
 from tinydet.models import oquab, oquab_weak
 
@@ -219,11 +216,4 @@ def arguments(argv=None):
 
 
 if __name__ == "__main__":
-    args = arguments()
-    args = SimpleNamespace(**json.loads(args.probe)) if args.probe else args
-    numba.set_num_threads(min(args.threads, numba.config.NUMBA_NUM_THREADS))
-    try:
-        with use(args.backend) as put:
-            print(json.dumps(probe(args.form, args, put))) if hasattr(args, "form") else main(args, put)
-    except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
+    timing.start(main, probe, arguments())

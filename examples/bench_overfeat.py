@@ -37,8 +37,6 @@ The first command ends its checks with (seconds and memory follow)
 """
 import argparse
 import dataclasses
-import json
-import sys
 import time
 from functools import partial
 from types import SimpleNamespace
@@ -47,7 +45,7 @@ import tinydet                                                      # before num
 import numpy as np
 import timing
 
-from tinydet import augment, images, to_numpy, use
+from tinydet import augment, images, to_numpy
 from tinydet.backend import array_module
 from tinydet.models import overfeat
 from tinydet.ops import max_pool
@@ -286,13 +284,4 @@ def arguments(argv=None):
 
 
 if __name__ == "__main__":
-    args = arguments()
-    probed = args.probe and SimpleNamespace(**json.loads(args.probe))
-    try:
-        with use((probed or args).backend) as put:
-            if probed:
-                print(json.dumps(probe(probed.form, probed, put)))
-            else:
-                main(args, put)
-    except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
+    timing.start(main, probe, arguments())

@@ -7,12 +7,13 @@ import sys
 import time
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import tinydet                                                      # before numpy: sets how BLAS threads wait
 import numba
 import numpy as np
 
-from tinydet import files
+from tinydet import files, use
 from tinydet.backend import array_module
 
 SHORT = 0.05                                                        # s
@@ -114,6 +115,21 @@ def finish(args, result):
     if args.json:
         files.write(args.json, json.dumps(result, indent=1) + "\n")
     return result
+
+
+def start(main, probe, args):
+    """Run main(args, put), or print what probe(form, args, put) measures if this is a process of probe_of. args.threads, if there, are Numba's threads."""
+    args = SimpleNamespace(**json.loads(args.probe)) if args.probe else args
+    if hasattr(args, "threads"):
+        numba.set_num_threads(min(args.threads, numba.config.NUMBA_NUM_THREADS))
+    try:
+        with use(args.backend) as put:
+            if hasattr(args, "form"):
+                print(json.dumps(probe(args.form, args, put)))
+            else:
+                main(args, put)
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
 
 
 def check_json(parser, path):

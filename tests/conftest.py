@@ -1,10 +1,13 @@
 """Shared by all tests: the Hypothesis profile, the backends, and inputs that stay off the kinks."""
 import contextlib
 import ctypes
+import json
 import mmap
 import os
 import re
+import subprocess
 import sys
+from types import SimpleNamespace
 
 import tinydet  # noqa: F401  first: it sets how waiting threads behave, which numpy and numba read once
 
@@ -13,6 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
+from numpy.testing import assert_array_equal
 
 from tinydet import backend, workspace
 
@@ -52,6 +56,38 @@ def all_threads():
     numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
     yield
     numba.set_num_threads(1)
+
+
+@pytest.fixture
+def probes(monkeypatch):
+    """probes(program): its processes that timing.probe_of starts say, without running, that the n-th took 10 n MB; returns the list of their arguments."""
+    def answered(program, step=10.0):
+        asked = []
+
+        def child(command, **options):
+            asked.append(json.loads(command[-1]))
+            assert command[1:-1] == [str(program), "--probe"] and options["text"] and options["capture_output"]
+            return SimpleNamespace(returncode=0, stdout=f"a line before\n{json.dumps({'traced': step * len(asked), 'resident': step / 2})}\n")
+        monkeypatch.setattr(subprocess, "run", child)
+        return asked
+    return answered
+
+
+def arrays_in(path):
+    """The arrays of a file of weights, or a checkpoint, by name."""
+    with np.load(path) as file:
+        return {name: file[name] for name in file.files}
+
+
+def same_bits(a, b, texts):
+    """Assert that two run folders hold the same texts, weights and checkpoint, bit for bit."""
+    for name in texts:
+        assert (a / name).read_text() == (b / name).read_text(), name
+    for file in ("weights.npz", "checkpoint.npz"):
+        first, second = arrays_in(a / file), arrays_in(b / file)
+        assert first.keys() == second.keys()
+        for name in first:
+            assert_array_equal(first[name], second[name], strict=True, err_msg=f"{file} {name}")
 
 
 @pytest.fixture(params=["end", "begin"])

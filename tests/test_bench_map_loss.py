@@ -1,10 +1,8 @@
 """examples/bench_map_loss.py on small problems: what is compared, what makes it fail, and that what is told follows from what was measured."""
 import importlib
 import json
-import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -211,15 +209,8 @@ def test_steps_see_what_the_arguments_say(made, monkeypatch):
 
 # What is told
 
-def test_a_run_tells_and_writes_all(tmp_path, monkeypatch, capsys):
-    asked, path = [], tmp_path / "a.json"
-
-    def child(command, **options):                                  # what a process would do, here
-        asked.append(json.loads(command[-1]))
-        assert command[1:-1] == [str(FILE), "--probe"] and options["text"] and options["capture_output"]
-        return SimpleNamespace(returncode=0, stdout=f"a line before\n{json.dumps({'traced': 10.0 * len(asked), 'resident': 5.0})}\n")
-
-    monkeypatch.setattr(subprocess, "run", child)
+def test_a_run_tells_and_writes_all(tmp_path, capsys, probes):
+    asked, path = probes(FILE), tmp_path / "a.json"
     with use("numba") as put:
         result = bench.main(bench.arguments([*SMALL, "--seed", "3", "--json", str(path)]), put)
     assert json.loads(path.read_text()) == json.loads(json.dumps(result))

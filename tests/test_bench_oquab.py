@@ -106,15 +106,8 @@ def test_maps_that_differ_are_not_timed(monkeypatch):
         bench.agree(net, x, args, {})
 
 
-def test_a_run_tells_and_writes_all(tmp_path, monkeypatch, capsys):
-    asked, path = [], tmp_path / "a.json"
-
-    def child(command, **options):                                  # what a process would do, here
-        asked.append(json.loads(command[-1]))
-        assert command[1:-1] == [str(FILE), "--probe"] and options["text"] and options["capture_output"]
-        return SimpleNamespace(returncode=0, stdout=f"a line before\n{json.dumps({'traced': 10.0 * len(asked), 'resident': 5.0})}\n")
-
-    monkeypatch.setattr(subprocess, "run", child)
+def test_a_run_tells_and_writes_all(tmp_path, monkeypatch, capsys, probes):
+    asked, path = probes(FILE), tmp_path / "a.json"
     monkeypatch.setattr(bench, "torch_nets", lambda net, args: {layout: (lambda x: lambda: net(x)) for layout in bench.LAYOUTS})
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(__version__="0.1"))
     with use("numba") as put:

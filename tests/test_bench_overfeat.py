@@ -1,7 +1,6 @@
 """examples/bench_overfeat.py on narrow nets: what is compared, what makes it fail, and that what is told follows from what was measured."""
 import importlib
 import json
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,15 +89,8 @@ def test_multiply_adds_by_hand():
     assert found == {"dense": wide + 2 * head, "crops": 2 * (trunk + head)}
 
 
-def test_a_run_tells_and_writes_all(tmp_path, monkeypatch, capsys):
-    asked, path = [], tmp_path / "a.json"
-
-    def child(command, **options):                                  # what a process would do, here
-        asked.append(json.loads(command[-1]))
-        assert command[1:-1] == [str(FILE), "--probe"] and options["text"] and options["capture_output"]
-        return SimpleNamespace(returncode=0, stdout=f"a line before\n{json.dumps({'traced': 10.0 * len(asked), 'resident': 5.0})}\n")
-
-    monkeypatch.setattr(subprocess, "run", child)
+def test_a_run_tells_and_writes_all(tmp_path, capsys, probes):
+    asked, path = probes(FILE), tmp_path / "a.json"
     args = bench.arguments([*SMALL, "--seed", "3", "--json", str(path)])
     with use("numba") as put:
         result = bench.main(args, put)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from numpy.testing import assert_allclose, assert_array_equal
+from numpy.testing import assert_allclose
 from PIL import Image
 
 import fake_cupy
@@ -18,6 +18,7 @@ from tinydet.models import fast_rcnn, fast_rcnn_map
 from tinydet.ops import map_loss
 
 import test_map_loss
+from conftest import arrays_in, same_bits
 from test_examples import voc  # noqa: F401  a fixture
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
@@ -26,6 +27,7 @@ import detect  # noqa: E402
 import end_to_end_map as program  # noqa: E402
 import ohem  # noqa: E402
 
+KEPT = ("metrics.jsonl", "curve.json", "detections.json")
 TINY = ["--scenes", "6", "--steps", "4", "--measure-every", "2", "--checkpoint-every", "2", "--batch", "4", "--windows", "60", "--candidates", "20",
         "--watch", "2", "--lr", "0.002", "--scores", "raw", "--score-weight", "0.0001"]
 WINDOWS = {"sizes": [24.0, 48.0], "ratios": [1.0], "step": 0.5}
@@ -83,21 +85,6 @@ def read(path):
 
 def lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def arrays(path):
-    with np.load(path) as file:
-        return {name: file[name] for name in file.files}
-
-
-def same_bits(a, b, files=("metrics.jsonl", "curve.json", "detections.json")):
-    for name in files:
-        assert (a / name).read_text() == (b / name).read_text(), name
-    for file in ("weights.npz", "checkpoint.npz"):
-        first, second = arrays(a / file), arrays(b / file)
-        assert first.keys() == second.keys()
-        for name in first:
-            assert_array_equal(first[name], second[name], strict=True, err_msg=f"{file} {name}")
 
 
 @pytest.fixture(scope="module")
@@ -272,7 +259,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits_and_what_is_frozen_stays(loss, t
     assert (folder / "checkpoint.npz").exists() and not (folder / "weights.npz").exists()
     start(tmp_path / "part", *more, "--resume", "--workers", "2")
     assert read(folder / "results.json")["seconds"] is None
-    same_bits(folder, whole)
+    same_bits(folder, whole, KEPT)
     before, after = (fast_rcnn.load(path / "weights.npz")[0].arrays() for path in (weights.parent, folder))
     stays = {name for name, w in after.items() if (w == before[name]).all()}
     trunk, norm = {name for name in before if name.startswith("trunk.")}, {name for name in before if "_norm." in name}
@@ -294,7 +281,7 @@ def test_maps_that_do_not_fit_are_made_anew_to_the_same_bits(loss, weights, tmp_
         trunks.clear()
         start(tmp_path / str(kept), "--weights", weights, "--loss", loss, "--name", whole.name, "--workers", "0")
         runs.append(len(trunks))
-        same_bits(tmp_path / str(kept) / whole.name, whole)
+        same_bits(tmp_path / str(kept) / whole.name, whole, KEPT)
     looked, ends = 3 * 4, 4 if loss == "map" else 0                     # three measurements of four images; in the end a profile of the first batch
     assert runs[1] == looked + 4 * 4 + ends and looked < runs[0] < runs[1] - ends
 
@@ -566,6 +553,6 @@ def test_it_runs_on_the_gpu_and_gives_the_numbers_of_the_cpu(weights, tmp_path):
         a, b = tmp_path / "numba" / name, tmp_path / "cuda" / name
         for first, second in zip(lines(a), lines(b), strict=True):
             assert first == pytest.approx(second, rel=1e-3, abs=1e-5)
-        for key, w in arrays(a / "weights.npz").items():
+        for key, w in arrays_in(a / "weights.npz").items():
             if key != "meta":
-                assert_allclose(arrays(b / "weights.npz")[key], w, rtol=1e-3, atol=1e-4, err_msg=f"{name} {key}")
+                assert_allclose(arrays_in(b / "weights.npz")[key], w, rtol=1e-3, atol=1e-4, err_msg=f"{name} {key}")

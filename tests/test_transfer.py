@@ -18,6 +18,7 @@ from tinydet import evaluate_classification as ec
 from tinydet.models import oquab, oquab_patches, oquab_weak, overfeat
 from tinydet.ops import logistic_loss, softmax_loss
 
+from conftest import arrays_in, same_bits
 from test_common import write_idx
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
@@ -28,6 +29,7 @@ import transfer  # noqa: E402
 import weak_localization as weak  # noqa: E402
 
 STEPS = ["--steps", "4", "--measure-every", "2", "--checkpoint-every", "2"]
+KEPT = ("metrics.jsonl", "curve.json", "ranking.json")
 TINY = {pretrain: [*STEPS, "--images", "24", "--batch", "6", "--width", "0.5", "--classes", "near"],
         transfer: [*STEPS, "--scenes", "8", "--eval-scenes", "2", "--lambdas", "1", "2", "--batch", "8", "--adapt", "10"],
         weak: [*STEPS, "--scenes", "8", "--eval-scenes", "2", "--frame", "48", "--cached", "2", "--batch", "4", "--adapt", "10"]}
@@ -58,11 +60,6 @@ def read(path):
     return json.loads(path.read_text())
 
 
-def arrays(path):
-    with np.load(path) as file:
-        return {name: file[name] for name in file.files}
-
-
 def features_of(folder):
     """What a run of transfer.py keeps of the frozen layers; None without such a file."""
     paths = list(folder.glob("features-????????.npy"))
@@ -72,16 +69,6 @@ def features_of(folder):
 
 def files_in(folder):
     return {"features" if p.name.startswith("features-") else p.name for p in folder.iterdir()}
-
-
-def same_bits(a, b, files=("metrics.jsonl", "curve.json", "ranking.json")):
-    for name in files:
-        assert (a / name).read_text() == (b / name).read_text(), name
-    for file in ("weights.npz", "checkpoint.npz"):
-        first, second = arrays(a / file), arrays(b / file)
-        assert first.keys() == second.keys()
-        for name in first:
-            assert_array_equal(first[name], second[name], strict=True, err_msg=f"{file} {name}")
 
 
 def same_images(change):
@@ -255,7 +242,7 @@ def test_transfer_leaves_everything_and_its_figures_are_those_of_the_net(transfe
     assert results["curve"] == read(transferred / "curve.json") and [p["step"] for p in results["curve"]] == [0, 2, 4]
     assert results["curve"][-1]["class_ap"] == results["class_ap"]
     assert sorted(p.name for p in (transferred / "maps").iterdir()) == ["0.npz", "2.npz", "4.npz"]
-    last = arrays(transferred / "maps" / "4.npz")
+    last = arrays_in(transferred / "maps" / "4.npz")
     for i, e in enumerate(examples):
         assert_allclose(last[str(i)], maps[i][..., e.labels.min()], rtol=1e-4)
 
@@ -335,7 +322,7 @@ def test_weak_localization_leaves_everything_and_its_figures_are_those_of_the_ne
     assert results["box_ap_0.1"] >= results["box_ap_0.3"] >= results["box_ap_0.5"]
     assert results["curve"] == read(weakly / "curve.json") and [p["step"] for p in results["curve"]] == [0, 2, 4]
     assert results["curve"][-1]["class_ap"] == results["class_ap"]
-    last = arrays(weakly / "maps" / "4.npz")
+    last = arrays_in(weakly / "maps" / "4.npz")
     for i, e in enumerate(examples):
         assert_allclose(last[str(i)], maps_of[i][..., e.labels.min()], rtol=1e-4)
 
@@ -471,7 +458,7 @@ def test_masked_training_looks_in_boxes_alone(out, weakly, tmp_path, monkeypatch
     seen = steps_of(monkeypatch)
     start(weak, tmp_path, "--weights", weights, "--name", "not")
     assert len(seen) == 4 and all(mask is None for *_, mask in seen)
-    same_bits(tmp_path / "not", weakly)
+    same_bits(tmp_path / "not", weakly, KEPT)
     seen.clear()
     start(weak, tmp_path, "--weights", weights, "--masked")
     for i, (maps, labels, mask) in enumerate(seen):
@@ -608,7 +595,7 @@ def test_weak_training_uses_the_labels_of_images_alone(source, weakly, tmp_path,
     start(weak, tmp_path, "--weights", weights, "--masked", "--name", "masked")
     monkeypatch.setattr(image_level, "read", same_images(moved))
     start(weak, tmp_path, "--weights", weights)
-    same_bits(tmp_path / "weak_localization", weakly)
+    same_bits(tmp_path / "weak_localization", weakly, KEPT)
     start(weak, tmp_path, "--weights", weights, "--masked", "--name", "masked-moved")
     assert (tmp_path / "masked" / "metrics.jsonl").read_text() != (tmp_path / "masked-moved" / "metrics.jsonl").read_text()
 
@@ -810,9 +797,9 @@ def test_the_programs_run_on_the_gpu_and_give_the_numbers_of_the_cpu(tmp_path, m
         a, b = tmp_path / "numba" / name, tmp_path / "cuda" / name
         losses = [[json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (a, b)]
         assert_allclose(*losses, rtol=1e-4)
-        for key, w in arrays(a / "weights.npz").items():
+        for key, w in arrays_in(a / "weights.npz").items():
             if key != "meta":
-                assert_allclose(arrays(b / "weights.npz")[key], w, rtol=1e-3, atol=1e-4, err_msg=f"{name} {key}")
+                assert_allclose(arrays_in(b / "weights.npz")[key], w, rtol=1e-3, atol=1e-4, err_msg=f"{name} {key}")
         if name != "pretrain":
             first, second = (read(folder / "ranking.json")["class_ap"] for folder in (a, b))
             for k in first:
