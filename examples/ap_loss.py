@@ -145,6 +145,7 @@ def main(args, put):
         ranking = {"ranking_ap": 1 - ap_loss.ap_loss(scores, answers, 0.0)[0]} if values["positives"] else {}
         return {**values, **ranking, "pull_positive": pull[0], "pull_negative": pull[1]}
 
+    @run.aside
     def measure(i):
         detections = [retinanet.detect(net, e.image(), testing) for e in held_out]
         since = [r for r in run.metrics() if (i - 1) // args.measure_every * args.measure_every < r["step"] <= i]

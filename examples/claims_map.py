@@ -12,28 +12,22 @@ START = ["ohem.py", "--sampler", "random"]
 TUNE = ["--steps", "100", "--measure-every", "25"]
 # chosen on the validation images: how windows rank, rate, weight of the squared scores, and the rate of the softmax updates
 BCCD, CARDS = [*TUNE, "--weights", "@bccd/start"], [*TUNE, "--weights", "@playing-cards/cards, start"]
-RAW, ODDS = ["--scores", "raw", "--lr", "0.003", "--score-weight", "0.03"], ["--scores", "log_odds", "--lr", "0.001", "--score-weight", "0.01"]
+RAW, ODDS = ["--scores", "raw", "--lr", "0.003", "--score-weight", "0.03"], ["--scores", "log_odds", "--lr", "0.0001", "--score-weight", "0.01"]
 SOFTMAX = ["--loss", "softmax", "--lr", "0.005"]
 
 ARMS = {"start": [*START, "--steps", "1000", "--measure-every", "250", "--batch", "512", "--nms", "0.4"],
         "map": [*BCCD, *RAW],
         "softmax": [*BCCD, *SOFTMAX],
-        "env": [*BCCD, *RAW, "--estimator", "env", "--lr", "0.001"],    # at 0.003 two classes of three are lost
-        "env, centred": [*BCCD, *RAW, "--estimator", "env", "--centre"],
+        "env, centred": [*BCCD, *RAW, "--estimator", "env", "--centre", "--lr", "0.001"],       # as it is it loses classes, even at 0.0003
         "centred": [*BCCD, *RAW, "--centre"],
         "step of 0.25 sigma": [*BCCD, *RAW, "--kappa", "0.25"],
-        "step of 4 sigma": [*BCCD, *RAW, "--kappa", "4", "--lr", "0.0005"],         # at 0.003 all classes are lost
         "8 images": [*BCCD, *RAW, "--batch", "8"],
         "cards, start": [*START, "--steps", "5000", "--measure-every", "1000", "--batch", "256"],
         "cards, map": [*CARDS, *ODDS],
         "cards, softmax": [*CARDS, *SOFTMAX],
-        "cards, env": [*CARDS, *ODDS, "--estimator", "env", "--lr", "0.0003"],
-        "cards, centred": [*CARDS, *ODDS, "--centre"],
-        "cards, step of 0.25 sigma": [*CARDS, *ODDS, "--kappa", "0.25"],
-        "cards, step of 4 sigma": [*CARDS, *ODDS, "--kappa", "4", "--lr", "0.0002"],
+        "cards, env, centred": [*CARDS, *ODDS, "--estimator", "env", "--centre"],
         "cards, 8 images": [*CARDS, *ODDS, "--batch", "8"],
-        "cards, 2 images": [*CARDS, *ODDS, "--batch", "2"],
-        "cards, raw": [*CARDS, *RAW]}
+        "cards, 2 images": [*CARDS, *ODDS, "--batch", "2"]}
 
 ON = {"bccd": [arm for arm in ARMS if not arm.startswith("cards")], "playing-cards": [arm for arm in ARMS if arm.startswith("cards")]}
 
@@ -58,16 +52,11 @@ CLAIMS = [
     claim("mAP training beats the net it starts from", "cards, map", "cards, start", "playing-cards"),
     claim("further softmax updates beat the net they start from", "softmax", "start"),
     claim("further softmax updates beat the net they start from", "cards, softmax", "cards, start", "playing-cards"),
-    claim("the finite step beats the linear envelope", "map", "env"),
     claim("the finite step beats the linear envelope, centred", "map", "env, centred"),
-    claim("the finite step beats the linear envelope", "cards, map", "cards, env", "playing-cards"),
-    *(claim(f"a step of one standard deviation beats one of {v}", name + "map", f"{name}step of {v} sigma", data)
-      for v in ("0.25", "4") for name, data in (("", "bccd"), ("cards, ", "playing-cards"))),
+    claim("the finite step beats the linear envelope, centred", "cards, map", "cards, env, centred", "playing-cards"),
+    claim("a step of one standard deviation beats one of 0.25", "map", "step of 0.25 sigma"),
     claim("32 images a step beat 8", "map", "8 images"),
     claim("32 images a step beat 8", "cards, map", "cards, 8 images", "playing-cards"),
     claim("32 images a step beat 2", "cards, map", "cards, 2 images", "playing-cards"),
     claim("the pseudo-gradient as it is beats the centred one", "map", "centred"),
-    claim("the pseudo-gradient as it is beats the centred one", "cards, map", "cards, centred", "playing-cards"),
-    claim("centring helps the envelope", "env, centred", "env"),
-    claim("ranking by log-odds beats raw outputs", "cards, map", "cards, raw", "playing-cards"),
 ]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import tinydet                                                      # before numpy: sets how BLAS threads wait
 import numpy as np
+import timing
 
 from tinydet import augment, canvases, data, draw, evaluate, evaluate_classification, files, mistakes, scenes
 
@@ -214,8 +215,13 @@ def finish(run, args, detections, examples, classes, losses, save, **more):
 
 
 def keep_results(run, args, figures):
-    """Write results.json into the run folder, the last file of a run: "set" and the figures. Says where all lies, returns what it wrote."""
-    found = {"set": args.eval_set, **figures}
+    """Write results.json into the run folder, the last file of a run: "set", the figures and what training took.
+
+    "training_seconds": in train.fit alone, evaluation left out, null of a run that was resumed; "memory_MB": the most that this process has held.
+    Says where all lies, returns what it wrote.
+    """
+    seconds = None if args.resume or run.seconds is None else round(run.seconds, 1)
+    found = {"set": args.eval_set, **figures, "training_seconds": seconds, "memory_MB": round(timing.peak())}
     files.write(run.folder / "results.json", json.dumps(found, indent=1) + "\n")
     print(f"\npictures, weights and figures: {run.folder}")
     return found
@@ -224,9 +230,18 @@ def keep_results(run, args, figures):
 def trained(args, put, program, name, *options):
     """Weights of <out>/<name>, a run of another program, which is trained, or trained to the end, if they are not there.
 
-    program: its module; options: more words of its command line. A run of args.name that may not be there is refused before.
+    program: its module; options: more words of its command line. One that is there may have another seed, but must have been trained on what
+    options say: --data, --scenes, --train-set, --eval-set, --proposals. A run of args.name that may not be there is refused before.
     """
     folder = Path(args.out) / name
+    if (folder / "config.json").is_file():
+        before, wanted = files.read_json(folder / "config.json"), settings(program.arguments(list(options)))
+        for key in ("data", "scenes", "train_set", "eval_set", "proposals"):
+            if "--" + key.replace("_", "-") in options and before.get(key) != wanted[key]:
+                raise ValueError(f"{folder} must be a run with {key} {wanted[key]}, for that is asked for here, got one with {before.get(key)}: "
+                                 "move it away, or give --weights")
+        if (folder / "weights.npz").is_file():
+            print(f"starts from {folder}, of seed {before.get('seed')}")
     if not (folder / "weights.npz").is_file():
         if (Path(args.out) / args.name / "config.json").exists() and not args.resume:
             raise FileExistsError(f"{Path(args.out) / args.name} holds a run already; resume it, or choose another name")

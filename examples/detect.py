@@ -1,11 +1,13 @@
-"""Detect objects in pictures with a net that examples/overfeat.py, ohem.py, ap_loss.py or weak_localization.py trained: draws and prints what it finds.
+"""Detect objects in pictures with a net of examples/overfeat.py, ohem.py, end_to_end_map.py, ap_loss.py or weak_localization.py: draws and prints what it
+finds.
 
     python examples/detect.py --weights runs/overfeat/weights.npz picture.jpg ...           # drawn into detections/
     python examples/detect.py --weights runs/overfeat/weights.npz --json picture.jpg ...    # JSON on standard output
 
 A net trained on proposals from a file needs --proposals, by the pictures' names without ending.
-Printed and drawn are detections above the score of best F1 of their class on the evaluation set, or above --min-score. The JSON list holds
-all of them (at most 300 a picture, or as the run's --limit said), for an evaluator: {"image": stem, "class": name, "box": [x1, y1, x2, y2],
+Printed and drawn are detections above the score of best F1 of their class on the evaluation set, or above --min-score, in the net's own
+units: probabilities, but of end_to_end_map.py --scores raw outputs, which may be negative. The JSON list holds all of them (at most 300 a
+picture, as the run's --limit said, or the --candidates of each class), for an evaluator: {"image": stem, "class": name, "box": [x1, y1, x2, y2],
 "score": s}, box in continuous pixels of the picture. --json FILE.json writes it to a file.
 """
 import argparse

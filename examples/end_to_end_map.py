@@ -5,9 +5,11 @@
     python examples/end_to_end_map.py --loss softmax --name further # what it is compared with: as many further softmax updates
     python examples/end_to_end_map.py --estimator env --name env    # the other pseudo-gradient
     python examples/end_to_end_map.py --data FOLDER --weights runs/NAME/weights.npz --name cells        # a run of examples/ohem.py
-    python examples/end_to_end_map.py --trains all --batch 64       # the trunk, too; a batch needs no more memory than an image's caches
+    python examples/end_to_end_map.py --trains all --batch 64       # the trunk, too; of the caches only one image's are in memory
 
-The loss is 1 - mAP of a batch of images, ranked together, each class after NMS in each image. Without --weights the net is trained first, by
+The loss is 1 - mAP of a batch of images, ranked together, each class after NMS in each image. The detector is as good at step 0 as the net that it
+starts from, but for --scores raw, which ranks by other numbers than softmax. A rate that is too high loses whole classes within some steps.
+Without --weights the net is trained first, by
 examples/ohem.py --sampler random, in <out>/softmax, or softmax-FOLDER. With --trains head the maps of the trunk are computed once and kept.
 
 Everything goes to runs/<name>/: config.json, metrics.jsonl, checkpoint.npz, weights.npz (for examples/detect.py), detections.json, results.json,
@@ -18,7 +20,6 @@ A run that was stopped goes on with --resume.
 """
 import argparse
 import dataclasses
-import math
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -49,11 +50,12 @@ def arguments(argv=None):
     a("--scores", choices=fast_rcnn_map.RANKED, default="log_odds", help="by what windows rank (%(default)s; raw: as the notes have it)")
     a("--batch", type=common.count, default=32, help="images a step (%(default)s)")
     a("--windows", type=common.count, default=1000, help="of a training image, drawn anew each time where there are more (%(default)s)")
-    a("--candidates", type=common.count, default=100, help="best windows of each class in an image that go into NMS (%(default)s)")
+    a("--candidates", type=common.count, default=100, help="best windows of each class in an image that go into NMS (%(default)s; on a GPU 256 at most)")
     a("--box-weight", type=float, default=1.0, help="of smooth L1 beside the mAP loss (%(default)s)")
     a("--softmax-weight", type=float, default=0.0, help="of cross-entropy beside the mAP loss (%(default)s)")
     a("--score-weight", type=float, default=0.01, help="of the candidates' mean squared score (%(default)s)")
-    a("--centre", action="store_true", help="take the mean off a class's pseudo-gradients")
+    a("--centre", action="store_true", help="take the mean off a class's pseudo-gradients, which else push most scores down: for the envelope and large "
+      "steps, which diverge without")
     a("--clip", type=float, default=1.0, help="limit of the norm of the mAP loss's gradient by the scores (%(default)s)")
     a("--regions", type=common.count, default=64, help="of an image that train with --loss softmax (%(default)s)")
     a("--jitter", type=common.count, default=4, help="jittered copies of each object, with --loss softmax (%(default)s)")
@@ -81,15 +83,15 @@ def source_name(args):
 
 def objective_of(args, nms):
     """The Objective of the arguments; NMS as at test time (notes, sec. 5, item 7). Raises ValueError for what is none."""
-    return fast_rcnn_map.Objective(args.scores, args.estimator, args.delta, args.kappa, args.reach, args.least, args.ap, args.log, args.candidates, nms,
-                                   box_weight=args.box_weight, softmax_weight=args.softmax_weight, score_weight=args.score_weight, clip=args.clip,
-                                   centre=args.centre)
+    same = "scores estimator delta kappa reach least ap log box_weight softmax_weight score_weight clip centre".split()
+    return fast_rcnn_map.Objective(most=args.candidates, nms=nms, **{name: getattr(args, name) for name in same})
 
 
 def started(args, put, classes):
     """The softmax-trained net, where its windows come from, and how it is tested; sets args.weights."""
     if not args.weights:
         place = ["--data", args.data, "--train-set", args.train_set, "--eval-set", args.eval_set] if args.data else ["--scenes", str(args.scenes)]
+        place += ["--proposals", args.proposals] if args.proposals else []
         args.weights = str(common.trained(args, put, ohem, source_name(args), "--sampler", "random", *place))
     net, settings = fast_rcnn.load(args.weights)
     if tuple(net.spec.classes) != tuple(classes):
@@ -122,6 +124,8 @@ def main(args, put):
     start = time.perf_counter()
     draw.require()
     objective_of(args, 0.3)                                         # refuses what is wrong before anything is trained
+    if args.backend in ("cuda", "emulated") and args.loss == "map" and args.candidates > 64 * map_loss.WORDS:
+        raise ValueError(f"end_to_end_map: --candidates must be at most {64 * map_loss.WORDS} on --backend {args.backend}, got {args.candidates}")
     examples, held_out, classes = common.read(args)
     net, source, testing = started(args, put, classes)
     objective = objective_of(args, testing.nms)
@@ -176,13 +180,14 @@ def main(args, put):
         if i % args.measure_every == 0:
             measure(i)
             if args.loss == "map":
-                profiles(net, views, objective, classes, [args.seed, i], run.folder / "profiles" / f"{i:06d}.png")
+                run.aside(profiles)(net, views, objective, classes, [args.seed, i], run.folder / "profiles" / f"{i:06d}.png")
         if args.loss == "map":
             return fast_rcnn_map.step(net, views, objective, [args.seed, i])
         return softmax_step(net, views, sampler, rng)
 
     watched = examples[:args.watch]
 
+    @run.aside
     def measure(i):
         detections = [fast_rcnn.detect(net, e.image(), p, testing) for e, p in zip(held_out, test_regions)]
         found = evaluate.voc([fast_rcnn.detect(net, e.image(), p, testing) for e, p in zip(watched, regions)], watched, classes)
@@ -235,70 +240,18 @@ def profiles(net, views, objective, classes, seed, path):
     given = fast_rcnn_map.ranked(net, fast_rcnn_map.ranking_scores(scores, objective.scores), deltas, views)
     given = to_numpy(given[0]), to_numpy(given[1]), *given[2:]
     options = objective.ranking()
-    shared = {k: options[k] for k in ("nms", "match", "most", "ap")}
-    slopes = {name: -map_loss.loss(*given, **{**options, "estimator": name, "log": False})[1] for name in ("sde", "env")}
-    _, kept, flags = map_loss.average_precisions(*given, **shared)
-    present = sorted(set(given[4][~given[6]].tolist()))
-    drawn = []
+    slopes = map_loss.loss(*given, **{**options, "log": False})[1]
+    _, kept, flags = map_loss.average_precisions(*given, **{k: options[k] for k in ("nms", "match", "most", "ap")})
+    drawn = {}
     for kind, of in KINDS.items():
-        size = np.where(of(kept, flags), abs(slopes[objective.estimator]), 0.0)
+        size = np.where(of(kept, flags), abs(slopes), 0.0)
         if size.max(initial=0) > 0:
             window, k = map(int, np.unravel_index(size.argmax(), size.shape))
-            points, values, blocker = map_loss.profile(*given, window=window, label=k, **shared)
-            drawn.append({"title": f"{classes[k]}, {kind}", "points": points, "values": values, "blocker": blocker, "score": float(given[0][window, k]),
-                          "slopes": {name: float(s[window, k]) * len(present) for name, s in slopes.items()},
-                          **dict(zip(("delta", "reach", "least"), widths(given[0], views, k, objective)))})
+            drawn[f"{classes[k]}, {kind}"] = map_loss.profile(*given, window=window, label=k,
+                                                              **{name: v for name, v in options.items() if name not in ("estimator", "log")})
     if drawn:
         path.parent.mkdir(exist_ok=True)
-        draw.save(profile_figure(drawn), path)
-
-
-def widths(z, views, k, objective):
-    """delta, reach and least of class k, as map_loss.loss takes them: where none is given, from the standard deviation of its candidates."""
-    sigma = float(z[:, k][fast_rcnn_map.candidates(z, views, objective.most)[:, k]].astype(np.float64).std())
-    given = (objective.delta, objective.kappa), (objective.reach, 3), (objective.least, 0.2)
-    return [max(factor * sigma, map_loss.LEAST) if width is None else width for width, factor in given]
-
-
-def profile_figure(drawn):
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(7, 3.2 * len(drawn)), dpi=110, layout="constrained")
-    for axes, d in zip(figure.subplots(len(drawn), squeeze=False)[:, 0], drawn):
-        s, reach = d["score"], min(d["reach"], 6 * d["delta"])
-        low, high = s - 1.3 * max(reach, d["delta"]), s + 1.3 * max(reach, d["delta"])
-        inside = (d["points"] > low) & (d["points"] < high)
-        first = int(np.searchsorted(d["points"], low, "right"))
-        values = d["values"][first:first + inside.sum() + 1]
-        axes.stairs(values, [low, *d["points"][inside], high], baseline=None, color="0.3", label="AP of the class")
-
-        def at(v):
-            return d["values"][np.searchsorted(d["points"], v)]
-        if math.isfinite(d["blocker"]) and low < d["blocker"] < high:
-            axes.axvline(d["blocker"], color="0.6", linestyle=":", label="NMS: suppressed below")
-        ends = np.array([s - d["delta"], s + d["delta"]])
-        axes.plot(ends, [at(v) for v in ends], marker="o", color=draw.COLOURS[0], label=f"finite step: slope {d['slopes']['sde']:+.4f}")
-        lines = envelope(d["points"], d["values"], s, at(s), d["reach"], d["least"])
-        for side, slope, name in lines:
-            far = np.array([0, side * max(reach, d["delta"])])
-            axes.plot(s + far, at(s) + slope * far, color=draw.COLOURS[1], linestyle="--", linewidth=1,
-                      label=f"envelope: slope {d['slopes']['env']:+.4f}" if name == "U+" else None)
-        axes.plot([s], [at(s)], marker="D", color="black", linestyle="", label="now")
-        spread = max(np.ptp(values), 1e-3)
-        axes.set(title=d["title"], xlabel="score of the window", ylabel="AP", xlim=(low, high), ylim=(values.min() - spread / 2, values.max() + spread / 2))
-        axes.legend(fontsize="x-small")
-        axes.grid(alpha=0.3)
-    return figure
-
-
-def envelope(points, values, s, now, reach, least):
-    """The lines of the envelope: (side, slope, name) of U+, L+, U-, L- (map-loss notes, sec. 3.2)."""
-    found = []
-    for side in (1, -1):
-        away = side * (points - s)
-        beyond = values[1:] if side > 0 else values[:-1]
-        slopes = [0.0, *(side * (beyond - now) / np.maximum(away, least))[(away >= 0) & (away <= reach)]]
-        found += [(side, max(slopes), "U+" if side > 0 else "U-"), (side, min(slopes), "L+" if side > 0 else "L-")]
-    return found
+        draw.profiles(drawn, path)
 
 
 if __name__ == "__main__":

@@ -163,6 +163,7 @@ def main(args, put):
     watched = [view(j, np.random.default_rng(0), mirror=False)[:2] for j in range(min(20, len(examples)))]
     watched = [(image, answer) for image, answer in watched if (answer.labels >= 0).any()]
 
+    @run.aside
     def measure(i):
         detections = [fast_rcnn.detect(net, e.image(), p, testing) for e, p in zip(held_out, test_regions)]
         losses = [fast_rcnn.mean_loss(net, put(fast_rcnn.batch(net, [image])), [answer]) for image, answer in watched]

@@ -99,6 +99,7 @@ def main(args, put):
     def detect(**how):
         return [overfeat_detect.detect(net, e.image(), **how) for e in train.progress(held_out, desc="evaluate", unit="image")]
 
+    @run.aside
     def measure(i):
         detections = detect(**combining)
         return detections, common.measure(run, i, detections, held_out, classes)

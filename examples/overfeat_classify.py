@@ -169,6 +169,7 @@ def main(args, put):
         net.backward(dscores.reshape(scores.shape), None, cache)
         return {"loss": loss}
 
+    @run.aside
     def measure(i):
         seen = [overfeat.classify(net, e.image(), net.table.sizes[:1], flip=False) for e in held_out[measured]]
         return common.keep_point(run, {"step": i, "top1_error": top_k_error(np.array(seen), true[measured], 1).error})

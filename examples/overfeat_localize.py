@@ -209,6 +209,7 @@ def main(args, put):
         net.backward(dscores.reshape(scores.shape), dedges, cache)
         return {"loss": box_loss + class_loss, "box_loss": box_loss, "class_loss": class_loss}
 
+    @run.aside
     def measure(i):
         seen = [views_of(net, e.image(), "coarse", (1, 4), False) for e in held_out[:200]]
         found = [overfeat_localize.guesses([v for views in e.values() for v in views], **merging) for e in seen]

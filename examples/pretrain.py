@@ -124,6 +124,7 @@ def main(args, put):
         scores = to_numpy(net(place(net.normalise(overfeat.ten_views(net.table, e.image(), short))))).astype(np.float64)
         return softmax_loss.softmax(scores)[:, 0, 0].mean(0)
 
+    @run.aside
     def measure(i):
         seen = np.array([say(e) for e in held_out[:MEASURED]])
         return common.keep_point(run, {"step": i, "top1_error": top_k_error(seen, true[:MEASURED], 1).error})

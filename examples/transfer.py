@@ -237,6 +237,7 @@ def main(args, put):
         rest.backward(dscores.reshape(scores.shape), cache)
         return {"loss": loss}
 
+    @run.aside
     def measure(i):
         if args.patches == "boxes":
             found = evaluate_classification.classification_ap(*judge_boxes(net, unseen, classes), classes)

@@ -187,6 +187,7 @@ def main(args, put):
         rest.backward(dmaps, cache)
         return {"loss": loss}
 
+    @run.aside
     def measure(i):
         seen = [look(args, net, unseen, j) for j in range(min(MEASURED, len(held_out)))]
         scores = np.array([oquab_weak.scores(maps) for maps, _, _ in seen])

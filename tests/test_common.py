@@ -1,5 +1,7 @@
-"""What the training programs share (examples/common.py): labelled examples for those that classify and localize."""
+"""What the training programs share (examples/common.py): labelled examples, what a run took, and the net that it starts from."""
+import argparse
 import gzip
+import json
 import struct
 import sys
 from pathlib import Path
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tinydet import scenes
+from tinydet import scenes, train
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 import common  # noqa: E402
@@ -74,3 +76,74 @@ def test_images_of_several_classes_are_left_out_and_told(tmp_path, capsys, monke
     monkeypatch.setattr(common, "read", lambda args: (one, [e for e in made if e not in one], scenes.CLASSES))
     with pytest.raises(ValueError, match=r"^read_labelled: .* must hold images of one class in val, got none$"):
         read(tmp_path)
+
+
+# What a run leaves, and what it starts from
+
+def test_results_say_what_training_took(tmp_path):
+    for seconds, resume, told in ((12.34, False, 12.3), (12.34, True, None), (None, False, None)):
+        run = train.Run(tmp_path / f"{seconds} {resume}", {})
+        run.seconds = seconds
+        found = common.keep_results(run, SimpleNamespace(eval_set="test", resume=resume), {"AP": 0.5})
+        assert found == json.loads((run.folder / "results.json").read_text())
+        assert 10 < found.pop("memory_MB") < 1e6 and found == {"set": "test", "AP": 0.5, "training_seconds": told}
+
+
+class Program:
+    """Stands in for a program that trains a source net; notes its arguments."""
+
+    def __init__(self):
+        self.trained = []
+
+    def arguments(self, argv):
+        parser = argparse.ArgumentParser()
+        common.add_arguments(parser, "source")
+        parser.add_argument("--proposals")
+        return parser.parse_args(argv)
+
+    def main(self, args, put):
+        self.trained.append((args.name, args.seed, args.resume, put))
+        folder = Path(args.out) / args.name
+        train.Run(folder, common.settings(args), args.resume)
+        (folder / "weights.npz").touch()
+
+
+def test_a_source_net_is_taken_if_it_saw_the_same_data(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    program, given = Program(), ["--data", "cells", "--train-set", "a", "--eval-set", "b", "--proposals", "p.json"]
+    args = SimpleNamespace(out=str(tmp_path), name="map", resume=False, backend="numba", seed=3)
+
+    def trained(*options, name="source"):
+        return common.trained(args, "put", program, name, *options)
+    assert trained(*given) == tmp_path / "source" / "weights.npz" and capsys.readouterr().out.startswith("first the source net, into ")
+    assert trained("--scenes", "9", name="scenes") == tmp_path / "scenes" / "weights.npz" and len(program.trained) == 2
+    args.seed = 4
+    capsys.readouterr()
+    same = ["--data", str(tmp_path / "cells"), *given[2:]]              # the same folder
+    for options, name in ((given, "source"), (same, "source"), ([], "source"), (["--scenes", "9"], "scenes"), ([], "scenes")):
+        assert trained(*options, name=name) == tmp_path / name / "weights.npz"
+        assert capsys.readouterr().out == f"starts from {tmp_path / name}, of seed 3\n"
+    there = rf"^{tmp_path}/source must be a run with "
+    for options, message in (
+            (["--data", "others", *given[2:]], f"data {tmp_path}/others, for that is asked for here, got one with {tmp_path}/cells: move it away"),
+            (["--data", "cells", "--train-set", "c"], "train_set c, .* got one with a:"),
+            ([*given[:4], "--eval-set", "c"], "eval_set c, .* got one with b:"),
+            ([*given[:6], "--proposals", "q.json"], "proposals q.json, .* got one with p.json:"),
+            (["--scenes", "9"], "scenes 9, .* got one with 400:")):
+        with pytest.raises(ValueError, match=there + message):
+            trained(*options)
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/scenes must be a run with scenes 10, .* got one with 9"):
+        trained("--scenes", "10", name="scenes")
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/scenes must be a run with data {tmp_path}/cells, .* got one with None"):
+        trained("--data", "cells", name="scenes")
+    assert program.trained == [("source", 3, False, "put"), ("scenes", 3, False, "put")]
+
+
+def test_a_source_net_that_was_stopped_goes_on_if_it_saw_the_same_data(tmp_path):
+    program, args = Program(), SimpleNamespace(out=str(tmp_path), name="map", resume=True, backend="numba", seed=3)
+    common.trained(args, "put", program, "source", "--scenes", "9")
+    (tmp_path / "source" / "weights.npz").unlink()
+    with pytest.raises(ValueError, match="must be a run with scenes 8, .* got one with 9"):
+        common.trained(args, "put", program, "source", "--scenes", "8")
+    assert common.trained(args, "put", program, "source", "--scenes", "9").is_file()
+    assert program.trained == [("source", 3, False, "put"), ("source", 3, True, "put")]

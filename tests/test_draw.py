@@ -1,14 +1,19 @@
 import io
+import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from numpy.testing import assert_array_equal
+from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image, ImageColor
 
 from tinydet import draw
 from tinydet.data import Example
 from tinydet.evaluate import ClassResult
+from tinydet.ops import map_loss
+
+import test_map_loss
 
 GREY = 100
 
@@ -206,6 +211,92 @@ def test_measurements_are_drawn(tmp_path):
     draw.measurements([{"step": 1, "a": 0.5, "b": None}, {"step": 2, "a": 0.6, "b": 3.0}], ("a", "b"), tmp_path / "m.png")
     with Image.open(tmp_path / "m.png") as picture:
         assert picture.size[1] > picture.size[0] * 0.7
+
+
+def profiles_of(drawn, monkeypatch):
+    """What draw.profiles draws of each window, read off the figure, by title."""
+    figures, found = [], {}
+    monkeypatch.setattr(draw, "save", lambda figure, path: figures.append((figure, path)))
+    draw.profiles(drawn, "a path")
+    ((figure, path),) = figures
+    assert path == "a path" and len(figure.axes) == len(drawn)
+    kinds = {(":", "None"): "dotted", ("-", "o"): "step", ("--", "None"): "lines", ("None", "D"): "now"}
+    for axes in figure.axes:
+        (stairs,), told = axes.patches, {kind: [] for kind in kinds.values()}
+        values, edges, baseline = stairs.get_data()
+        for line in axes.lines:
+            told[kinds[line.get_linestyle(), line.get_marker()]].append((line.get_label(), *map(np.asarray, line.get_data())))
+        assert baseline is None and (axes.get_xlabel(), axes.get_ylabel()) == ("score of the window", "AP")
+        found[axes.get_title()] = SimpleNamespace(values=values, edges=edges, xlim=axes.get_xlim(), ylim=axes.get_ylim(),
+                                                  legend=[t.get_text() for t in axes.get_legend().get_texts()], **told)
+    return found
+
+
+BY_HAND = map_loss.Profile(np.array([1.0, 2, 4, 9]), np.array([0.1, 0.4, 0.3, 0.7, 0.65]), 2.0, 2.5, 0.3, 1.0, 2.0, 0.5, (0.3 - 0.4) / 2,
+                           (0.4 / 1.5, 0.0, 0.2 / 1.5, -0.2))
+
+
+def test_a_profile_by_hand(monkeypatch):
+    """AP is 0.3, and 0.4 one step below and 0.3 one above; 0.7 from 4 on, 0.4 below 2, 0.1 below 1. NMS suppresses the window below 2."""
+    drawn = {"a, kept": BY_HAND, "b": BY_HAND._replace(blocker=math.nan), "c": BY_HAND._replace(blocker=5.2), "d": BY_HAND._replace(reach=math.inf),
+             "e": BY_HAND._replace(reach=0.5)}
+    found = profiles_of(drawn, monkeypatch)
+    assert list(found) == [*drawn]
+    a = found["a, kept"]
+    assert_allclose(a.xlim, (-0.1, 5.1))
+    assert_allclose(a.ylim, (-0.2, 1.0))
+    assert_allclose(a.edges, (-0.1, 1, 2, 4, 5.1))
+    assert_allclose(a.values, (0.1, 0.4, 0.3, 0.7))
+    assert_allclose(a.step[0][1:], [(1.5, 3.5), (0.4, 0.3)])
+    assert_allclose(a.now[0][1:], [[2.5], [0.3]])
+    assert_allclose([one[1:] for one in a.lines], [[(2.5, 4.5), (0.3, 0.3 + 0.8 / 1.5)], [(2.5, 4.5), (0.3, 0.3)],
+                                                   [(2.5, 0.5), (0.3, 0.3 - 0.4 / 1.5)], [(2.5, 0.5), (0.3, 0.7)]])
+    assert [(label, *x) for label, x, _ in a.dotted] == [("NMS: suppressed below", 2.0, 2.0)]
+    slopes = ["finite step: slope -0.0500", "envelope: slope +0.1000", "now"]
+    assert a.legend == ["AP of the class", "NMS: suppressed below", *slopes]
+    for name in "bc":                                                   # no blocker, or one beyond what is drawn
+        assert not found[name].dotted and found[name].legend == ["AP of the class", *slopes] and found[name].xlim == a.xlim
+    assert_allclose(found["d"].xlim, (2.5 - 7.8, 2.5 + 7.8))            # six steps of an envelope that looks everywhere
+    assert_allclose(found["d"].values, BY_HAND.values)
+    assert_allclose(found["d"].lines[0][1], (2.5, 8.5))
+    assert_allclose(found["e"].edges, (1.2, 2, 3.8))                    # one step at least
+    assert_allclose(found["e"].values, (0.4, 0.3))
+    assert_allclose(found["e"].lines[3][1:], [(2.5, 1.5), (0.3, 0.5)])
+
+
+def test_profiles_drawn_are_the_brute_force(monkeypatch):
+    """Staircase, ends of the finite step, lines and diamond of random cases' windows, against AP computed anew at each score."""
+    dotted, sloped = 0, 0
+    for seed in range(1, 9):
+        case, options = test_map_loss.draw(seed), {"ap": map_loss.MODES[seed % 3], "most": (4, 100)[seed % 2]}
+        for c in {*case.gt_labels[~case.gt_difficult].tolist()}:
+            b = test_map_loss.Brute(case, c, **options)
+            drawn = {i: map_loss.profile(*test_map_loss.arguments(case, np.asarray), window=i, label=c, kappa=0.8, **options) for i in b.rows[:3]}
+            delta, reach, least = b.widths(kappa=0.8)
+            for (i, p), a in zip(drawn.items(), profiles_of(drawn, monkeypatch).values(), strict=True):
+                s = b.s[i]
+                assert_allclose(a.edges[[0, -1]], [s - 1.3 * reach, s + 1.3 * reach])
+                assert_allclose(a.values, [b.at(i, v) for v in (a.edges[1:] + a.edges[:-1]) / 2], rtol=0, atol=1e-12)
+                for edge in a.edges[1:-1]:                              # each an edge of f_i
+                    assert abs(b.at(i, edge - 1e-9) - b.at(i, edge + 1e-9)) > 1e-12
+                assert_allclose(a.step[0][1:], [(s - delta, s + delta), (b.at(i, s - delta), b.at(i, s + delta))], atol=1e-12)
+                assert_allclose(a.now[0][1:], [[s], [b.at(i, s)]], atol=1e-12)
+                slopes = b.lines(i, reach, least)
+                for (_, x, y), slope, side in zip(a.lines, slopes, (1, 1, -1, -1), strict=True):
+                    assert_allclose([x, y], [(s, s + side * reach), (b.at(i, s), b.at(i, s) + side * reach * slope)], atol=1e-12)
+                told = [float(text.split()[-1]) for text in a.legend if "slope" in text]
+                assert_allclose(told, [b.sde(i, delta), sum(slopes) / 2], rtol=0, atol=0.51e-4)
+                shown = a.edges[0] < p.blocker < a.edges[-1]
+                assert [x.tolist() for _, x, _ in a.dotted] == [[p.blocker] * 2] * int(shown)
+                dotted, sloped = dotted + shown, sloped + (abs(p.step) > 1e-6)
+    assert dotted > 5 and sloped > 10
+
+
+def test_profiles_are_saved(tmp_path):
+    draw.profiles({"a": BY_HAND, "b": BY_HAND}, tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.size == (770, 704)
+    assert readable(tmp_path / "a.png") and [p.name for p in tmp_path.iterdir()] == ["a.png"]
 
 
 def test_heat_map_has_its_colours_in_the_middle_of_each_cell():

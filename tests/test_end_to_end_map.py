@@ -6,6 +6,7 @@ import json
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,11 +14,10 @@ from numpy.testing import assert_allclose
 from PIL import Image
 
 import fake_cupy
-from tinydet import augment, data, draw, emulate, evaluate, optim, scenes, use
+from tinydet import augment, data, draw, emulate, evaluate, optim, scenes, train, use
 from tinydet.models import fast_rcnn, fast_rcnn_map
 from tinydet.ops import map_loss
 
-import test_map_loss
 from conftest import arrays_in, same_bits
 from test_examples import voc  # noqa: F401  a fixture
 
@@ -73,9 +73,8 @@ def start(out, *more, pictures=False):
     args = program.arguments([*TINY, "--out", str(out), *map(str, more)])
     with use(args.backend) as put, pytest.MonkeyPatch.context() as patch:
         if not pictures:
-            for name in ("save", "loss_curves", "measurements", "precision_recall", "detections_sheet", "false_positives"):
+            for name in ("save", "loss_curves", "measurements", "precision_recall", "detections_sheet", "false_positives", "profiles"):
                 patch.setattr(draw, name, lambda *a, **b: None)
-            patch.setattr(program, "profile_figure", lambda drawn: None)
         return program.main(args, put)
 
 
@@ -122,7 +121,8 @@ def test_a_run_leaves_everything_in_its_folder(loss, weights, request):
             assert min(picture.size) >= 50, path
     results, config = read(folder / "results.json"), read(folder / "config.json")
     assert config["weights"] == str(weights.resolve()) and (config["loss"], config["batch"]) == (loss, 4)
-    assert results["set"] == "val" and results["seconds"] >= 0 and results["curve"] == read(folder / "curve.json")
+    assert results["set"] == "val" and results["seconds"] >= 0 and results["training_seconds"] > 0 and results["memory_MB"] > 10
+    assert results["curve"] == read(folder / "curve.json")
     assert [p["step"] for p in results["curve"]] == [0, 2, 4] and results["curve"][-1]["mean AP50"] == results["mean AP50"]
     net, settings = fast_rcnn.load(folder / "weights.npz")
     testing = dataclasses.replace(TESTING, short=[48], scores="raw" if loss == "map" else "softmax", min_score=0.0, per_class=20, limit=120)
@@ -174,19 +174,81 @@ def agrees(folder, net, told):
         assert_allclose(a, net.arrays()[name], rtol=1e-4, atol=1e-6, err_msg=name)
 
 
+def views_of(net, i, seed=0):
+    """What step i trains on, of a trunk that is frozen."""
+    return [fast_rcnn_map.view(net.spec, image.shape[:2], windows, boxes, e.labels, e.difficult, maps=net.features(fast_rcnn.batch(net, [image]))[0])
+            for _, image, windows, boxes, e in pictures_of(net, i, seed)]
+
+
 def test_it_trains_for_map_by_its_settings(mapped, weights):
     """The program's losses and weights are those of its parts put together here."""
     net = fast_rcnn_map.freeze(fast_rcnn.load(weights)[0], "head")
     objective = fast_rcnn_map.Objective(most=20, nms=0.4)
-
-    def step(i):
-        views = [fast_rcnn_map.view(net.spec, image.shape[:2], windows, boxes, e.labels, e.difficult,
-                                    maps=net.features(fast_rcnn.batch(net, [image]))[0])
-                 for _, image, windows, boxes, e in pictures_of(net, i)]
-        return fast_rcnn_map.step(net, views, objective, [0, i])
-    told = trained_here(net, step, 0.002)
+    told = trained_here(net, lambda i: fast_rcnn_map.step(net, views_of(net, i), objective, [0, i]), 0.002)
     assert all(0 < values["map_loss"] < 1 and values["box"] > 0 for values in told)
     agrees(mapped, net, told)
+
+
+def test_dropout_has_new_masks_each_step_and_measuring_is_no_training(weights, tmp_path, monkeypatch):
+    """With a clock on which only a step, a measurement and the pictures after it take time."""
+    net, settings = fast_rcnn.load(weights)
+    net.spec = dataclasses.replace(net.spec, dropout=0.5)
+    fast_rcnn.save(net, tmp_path / "dropout.npz", settings)
+    net = fast_rcnn_map.freeze(fast_rcnn.load(tmp_path / "dropout.npz")[0], "head")
+    objective, clock = fast_rcnn_map.Objective(most=20, nms=0.4), [0.0]
+    told = trained_here(net, lambda i: fast_rcnn_map.step(net, views_of(net, i, 3), objective, [3, i]), 0.002, 3)
+
+    def slow(f, seconds):
+        def slowly(*a, **b):
+            clock[0] += seconds
+            return f(*a, **b)
+        return slowly
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(fast_rcnn, "detect", slow(fast_rcnn.detect, 1000.0))
+    monkeypatch.setattr(fast_rcnn_map, "step", slow(fast_rcnn_map.step, 1.5))
+    start(tmp_path, "--weights", tmp_path / "dropout.npz", "--seed", "3", "--steps", "3", "--measure-every", "1")
+    agrees(tmp_path / "map", net, told)
+    assert read(tmp_path / "map" / "results.json")["training_seconds"] == 4.5 and clock[0] > 15000
+
+
+def test_a_twentieth_of_the_steps_warms_up(weights, tmp_path, monkeypatch):
+    """Of fewer than 20 steps none does: see the others."""
+    for steps, warm in ((19, 0), (20, 1), (65, 3)):
+        def schedule(lr, *given, wanted=(steps, warm)):
+            assert lr == 0.002 and given == wanted
+            raise KeyboardInterrupt
+        monkeypatch.setattr(optim, "cosine_schedule", schedule)
+        with pytest.raises(KeyboardInterrupt):
+            start(tmp_path, "--weights", weights, "--steps", steps)
+
+
+def test_it_is_tested_as_its_source_but_for_what_its_loss_does_not_see(tmp_path):
+    """Never with boxes that go in once more; the candidates are those of the loss, all are kept, and no score is too low."""
+    given = fast_rcnn.Testing(short=[40, 48], longest=90, near=30.0, nms=0.45, min_score=0.2, limit=7, iterate=True, again=0.1, vote=0.6, chunk=100)
+    path = a_net(tmp_path / "a.npz", settings={"windows": WINDOWS, "testing": dataclasses.asdict(given)})
+    for words, scores in ((["--scores", "raw"], "raw"), ([], "softmax"), (["--scores", "raw", "--loss", "softmax"], "softmax")):
+        args = program.arguments(["--weights", str(path), "--candidates", "9", *words])
+        net, source, testing = program.started(args, np.asarray, scenes.CLASSES)
+        assert testing == dataclasses.replace(given, min_score=0.0, limit=54, iterate=False, scores=scores, per_class=9)
+        assert source == WINDOWS and net.parts["trunk"].frozen
+
+
+def test_what_says_where_the_data_lie_goes_on_to_the_source(tmp_path, monkeypatch):
+    options = {}
+
+    def trained(args, put, module, name, *words):
+        options["found"] = vars(module.arguments(list(words))), name
+        raise KeyboardInterrupt
+    monkeypatch.setattr(common, "trained", trained)
+    for words, name, wanted in (
+            (["--scenes", "9"], "softmax", {"scenes": 9, "data": None, "proposals": None}),
+            (["--data", "a/cells", "--train-set", "b", "--eval-set", "c"], "softmax-cells", {"data": "a/cells", "train_set": "b", "eval_set": "c"}),
+            (["--data", "a/cells", "--proposals", "p.json"], "softmax-cells", {"data": "a/cells", "proposals": "p.json"}),
+            (["--proposals", "p.json"], "softmax", {"scenes": 400, "data": None, "proposals": "p.json"})):
+        with pytest.raises(KeyboardInterrupt):
+            program.started(program.arguments(["--out", str(tmp_path), *words]), np.asarray, scenes.CLASSES)
+        found, called = options["found"]
+        assert called == name and wanted.items() <= found.items() and found["sampler"] == "random"
 
 
 def test_it_trains_by_softmax_on_the_same_batches(soft, weights):
@@ -258,7 +320,8 @@ def test_a_stopped_run_goes_on_to_the_same_bits_and_what_is_frozen_stays(loss, t
         start(tmp_path / "part", *more, "--workers", "0")
     assert (folder / "checkpoint.npz").exists() and not (folder / "weights.npz").exists()
     start(tmp_path / "part", *more, "--resume", "--workers", "2")
-    assert read(folder / "results.json")["seconds"] is None
+    results = read(folder / "results.json")
+    assert results["seconds"] is results["training_seconds"] is None and results["memory_MB"] > 10
     same_bits(folder, whole, KEPT)
     before, after = (fast_rcnn.load(path / "weights.npz")[0].arrays() for path in (weights.parent, folder))
     stays = {name for name, w in after.items() if (w == before[name]).all()}
@@ -292,7 +355,7 @@ def test_the_source_net_is_trained_first_gone_on_with_and_taken(tmp_path, monkey
     original, calls, steps = ohem.arguments, [], fast_rcnn.step
 
     def arguments(argv):
-        calls.append(argv)
+        calls.extend([argv] * ("--out" in argv))                        # else only looked at
         return original(["--steps", "3", "--images", "2", "--short", "48", "--checkpoint-every", "1", "--measure-every", "3", "--draw-every", "3",
                          "--most", "60", "--min-score", "0.2", "--least", "0.3", "--share", "0.3", *argv])
     monkeypatch.setattr(ohem, "arguments", arguments)
@@ -312,7 +375,8 @@ def test_the_source_net_is_trained_first_gone_on_with_and_taken(tmp_path, monkey
     config = read(tmp_path / "softmax" / "config.json")
     assert (config["seed"], config["sampler"], config["scenes"]) == (5, "random", 4)
     start(tmp_path, "--seed", "6", "--scenes", "4", "--steps", "1", "--loss", "softmax", "--name", "further")
-    assert len(calls) == 2 and "first the source net" not in capsys.readouterr().out            # it is there
+    told = capsys.readouterr().out
+    assert len(calls) == 2 and "first the source net" not in told and f"starts from {tmp_path / 'softmax'}, of seed 5" in told     # it is there
     source = fast_rcnn.load(tmp_path / "softmax" / "weights.npz")
     for name in ("map", "further"):
         net, settings = fast_rcnn.load(tmp_path / name / "weights.npz")
@@ -431,6 +495,13 @@ def test_what_cannot_be_is_said_before_a_run_begins(weights, tmp_path, capsys):
             ([*given, "--weight-decay", "nan"], ValueError, "weight_decay must be finite")):
         with pytest.raises(error, match=message):
             start(tmp_path / "out", *wrong)
+    for words, refused in ((["emulated", "257"], True), (["cuda", "257"], True), (["emulated", "256"], False), (["numba", "257"], False),
+                           (["emulated", "257", "--loss", "softmax"], False)):
+        backend, most, *more = words
+        args = [*TINY, "--out", str(tmp_path / "out"), "--weights", str(tmp_path / "no.npz"), "--backend", backend, "--candidates", most, *more]
+        message = rf"^end_to_end_map: --candidates must be at most 256 on --backend {backend}, got 257$" if refused else "there is no file .*no.npz"
+        with pytest.raises(ValueError if refused else FileNotFoundError, match=message):
+            program.main(program.arguments(args), np.asarray)
     assert not (tmp_path / "out").exists()
 
 
@@ -446,80 +517,53 @@ def test_runs_are_not_overwritten_and_resume_keeps_the_settings(mapped, weights)
 
 # Profiles
 
-def of_profile(case, options, window, label):
-    """The slope of envelope()'s lines and what the op gives, as slopes of the class's AP; None on a tie, where the drawing has no value."""
-    given = test_map_loss.arguments(case, np.asarray)
-    shared = {k: options[k] for k in ("nms", "match", "most", "ap", "plus_one")}
-    s, classes = case.scores[window, label], len(set(case.gt_labels[~case.gt_difficult].tolist()))
-    points, values, blocker = map_loss.profile(*given, window=window, label=label, **shared)
-    if s in case.scores[np.arange(len(case.scores)) != window, label]:
-        return None
-    found = program.envelope(points, values, s, values[np.searchsorted(points, s)], options["reach"], options["least"])
-    assert [(side, name) for side, _, name in found] == [(1, "U+"), (1, "L+"), (-1, "U-"), (-1, "L-")]
-    assert all((slope >= 0) == name.startswith("U") or slope == 0 for _, slope, name in found)
-    d = map_loss.loss(*given, estimator="env", reach=options["reach"], least=options["least"], **shared)[1]
-    return sum(slope for _, slope, _ in found) / 2, -d[window, label] * classes
-
-
-def test_the_envelope_drawn_is_the_estimator():
-    """On random cases of the op's own tests, all windows that are candidates."""
-    compared = 0
-    for seed in range(40):
-        case, rng = test_map_loss.draw(seed), np.random.default_rng(seed)
-        options = {"nms": 0.3, "match": 0.5, "most": 5, "ap": map_loss.MODES[seed % 3], "plus_one": False, "least": 0.2,
-                   "reach": float(rng.choice([0.5, 1.5, np.inf]))}
-        for label in set(case.gt_labels[~case.gt_difficult].tolist()):
-            for window in test_map_loss.Brute(case, label, **{k: options[k] for k in ("nms", "match", "most", "ap")}).rows:
-                pair = of_profile(case, options, window, label)
-                if pair is not None:
-                    assert pair[0] == pytest.approx(pair[1], rel=1e-9, abs=1e-12), (seed, label, window)
-                    compared += abs(pair[1]) > 1e-6
-    assert compared > 100
-
-
-def test_widths_are_those_that_the_loss_takes(weights):
-    """Handed over as delta, reach and least they change nothing; given ones win."""
-    net = fast_rcnn.load(weights)[0]
+@pytest.mark.parametrize("change", [{}, {"estimator": "env", "log": True, "reach": 2.5, "ap": "11pt"},
+                                    {"estimator": "env", "least": 0.3, "scores": "raw"}, {"delta": 0.4, "kappa": 7.0},
+                                    {"kappa": 0.3, "nms": 0.5, "match": 0.4, "most": 9}],
+                         ids=lambda change: " ".join(change) or "plain")
+@pytest.mark.parametrize("difficult", [None, 1])
+def test_profiles_show_the_windows_of_the_largest_pseudo_gradients(change, difficult, weights, tmp_path, monkeypatch):
+    """Of each kind, told apart here one by one; all that is drawn is of AP of the class, of how many classes there are or how the loss is written."""
+    net, drawn = fast_rcnn_map.freeze(fast_rcnn.load(weights)[0], "head"), {}
+    monkeypatch.setattr(draw, "profiles", lambda d, path: drawn.update({"drawn": d, "path": path}))
+    objective = fast_rcnn_map.Objective(**{"most": 20, "nms": 0.4, **change})
     with use("numba"):
-        views = [fast_rcnn_map.view(net.spec, image.shape[:2], windows, boxes, e.labels, e.difficult, x=fast_rcnn.batch(net, [image]))
-                 for _, image, windows, boxes, e in pictures_of(net, 0)]
-        fast_rcnn_map.freeze(net, "head")
-        objective = fast_rcnn_map.Objective(most=20, kappa=0.7)
-        scores, deltas = fast_rcnn_map.outputs(net, views, objective, (0,))
-        given = fast_rcnn_map.ranked(net, fast_rcnn_map.ranking_scores(scores, "raw"), deltas, views)
-        for k in set(given[4].tolist()):
-            delta, reach, least = program.widths(given[0], views, k, objective)
-            assert delta > 0.01 and (reach, least) == pytest.approx((3 / 0.7 * delta, 0.2 / 0.7 * delta))
-            for estimator in ("sde", "env"):
-                told = [map_loss.loss(*given, most=20, estimator=estimator, **more)[1][:, k]
-                        for more in ({"kappa": 0.7}, {"delta": delta, "reach": reach, "least": least})]
-                assert_allclose(*told, rtol=1e-6, atol=1e-9)
-    fixed = fast_rcnn_map.Objective(delta=0.3, reach=4.0, least=0.1)
-    assert program.widths(given[0], views, 0, fixed) == [0.3, 4.0, 0.1]
+        views = [v._replace(difficult=v.difficult | (v.labels == difficult)) for i in range(4) for v in views_of(net, i)]
+        program.profiles(net, views, objective, scenes.CLASSES, [0, 0], tmp_path / "profiles" / "a.png")
+        scores, deltas = fast_rcnn_map.outputs(net, views, objective, [0, 0])
+        given = fast_rcnn_map.ranked(net, fast_rcnn_map.ranking_scores(scores, objective.scores), deltas, views)
+        widths = {name: getattr(objective, name) for name in ("delta", "kappa", "reach", "least")}
+        shared = {name: getattr(objective, name) for name in ("nms", "match", "most", "ap")}
+        slopes = {name: -map_loss.loss(*given, estimator=name, **widths, **shared)[1] for name in ("sde", "env")}
+        aps, kept, flags = map_loss.average_precisions(*given, **shared)
+    assert drawn["path"] == tmp_path / "profiles" / "a.png" and drawn["path"].parent.is_dir()
+    held = {k for v in views for k in v.labels.tolist()}
+    present = {k for v in views for k in v.labels[~v.difficult].tolist()}
+    assert held - present == ({difficult} if difficult is not None else set()) and len(present) > 2
+    largest = {}
+    for i, k in np.ndindex(*kept.shape):
+        size = abs(slopes[objective.estimator][i, k])
+        kind = "suppressed" if not kept[i, k] else {1: "kept, a true positive", 0: "kept, a false positive", -1: None}[int(flags[i, k])]
+        if kind and size > 0 and size > largest.get(kind, (0.0,))[0]:
+            largest[kind] = size, i, k
+    assert {"kept, a true positive", "kept, a false positive"} <= {*largest}
+    order = [kind for kind in ("kept, a true positive", "kept, a false positive", "suppressed") if kind in largest]
+    assert list(drawn["drawn"]) == [f"{scenes.CLASSES[largest[kind][2]]}, {kind}" for kind in order]
+    for kind, p in zip(order, drawn["drawn"].values()):
+        _, i, k = largest[kind]
+        assert p.score == given[0][i, k] and p.now == pytest.approx(aps[k], abs=1e-12)
+        for name, slope in (("sde", p.step), ("env", sum(p.lines) / 2)):
+            assert slope == pytest.approx(slopes[name][i, k] * len(present), rel=1e-5, abs=1e-9)
+        assert p.score <= p.blocker if kind == "suppressed" else not p.score < p.blocker           # tied where windows are alike
+        assert all(getattr(p, name) == change[name] for name in ("delta", "reach", "least") if name in change)
 
 
-def test_profiles_show_the_windows_of_the_largest_pseudo_gradients(weights, tmp_path, monkeypatch):
-    net, drawn, figure = fast_rcnn_map.freeze(fast_rcnn.load(weights)[0], "head"), [], program.profile_figure
-    monkeypatch.setattr(program, "profile_figure", lambda d: (drawn.extend(d), figure(d))[1])
+def test_no_profile_where_nothing_has_a_pseudo_gradient(weights, tmp_path, monkeypatch):
+    net = fast_rcnn_map.freeze(fast_rcnn.load(weights)[0], "head")
+    monkeypatch.setattr(draw, "profiles", lambda *a: pytest.fail("drawn"))
     with use("numba"):
-        views = [fast_rcnn_map.view(net.spec, image.shape[:2], windows, boxes, e.labels, e.difficult, x=fast_rcnn.batch(net, [image]))
-                 for _, image, windows, boxes, e in pictures_of(net, 0)]
-        for objective in (fast_rcnn_map.Objective(most=20), fast_rcnn_map.Objective(most=20, estimator="env", log=True, reach=np.inf)):
-            drawn.clear()
-            program.profiles(net, views, objective, scenes.CLASSES, [0, 0], tmp_path / "profiles" / "a.png")
-            kinds = [d["title"].split(", ", 1)[1] for d in drawn]
-            assert kinds == [k for k in program.KINDS if k in kinds] and {"kept, a false positive", "suppressed"} <= set(kinds)
-            for d in drawn:
-                at = d["values"][np.searchsorted(d["points"], [d["score"] - d["delta"], d["score"] + d["delta"]])]
-                assert d["slopes"]["sde"] == pytest.approx((at[1] - at[0]) / 2 / d["delta"], rel=1e-5, abs=1e-9)
-                now = d["values"][np.searchsorted(d["points"], d["score"])]
-                lines = program.envelope(d["points"], d["values"], d["score"], now, d["reach"], d["least"])
-                assert d["slopes"]["env"] == pytest.approx(sum(slope for _, slope, _ in lines) / 2, rel=1e-5, abs=1e-9)
-                assert d["slopes"][objective.estimator] != 0 and ("suppressed" in d["title"]) == (d["score"] < d["blocker"])
-            with Image.open(tmp_path / "profiles" / "a.png") as picture:
-                assert picture.size == (770, 352 * len(drawn))
-        bare = [v._replace(boxes=v.boxes[:0], labels=v.labels[:0], difficult=v.difficult[:0]) for v in views]
-        program.profiles(net, bare, objective, scenes.CLASSES, [0, 0], tmp_path / "none" / "a.png")
+        bare = [v._replace(boxes=v.boxes[:0], labels=v.labels[:0], difficult=v.difficult[:0]) for v in views_of(net, 0)]
+        program.profiles(net, bare, fast_rcnn_map.Objective(most=20), scenes.CLASSES, [0, 0], tmp_path / "none" / "a.png")
     assert not (tmp_path / "none").exists()
 
 

@@ -555,8 +555,13 @@ def test_a_frozen_trunk_keeps_its_bits(kept):
     assert {k for k in before if k.endswith((".mean", ".var"))}
 
 
-def test_batch_norm_keeps_its_bits_where_all_trains():
-    net = made(trains="all")
+@pytest.mark.parametrize("before", [None, "head", "trunk.conv1", "classifier"])
+def test_batch_norm_keeps_its_bits_where_all_trains(before):
+    """Whatever was frozen before."""
+    net = made(trains=None)
+    if before:
+        (fast_rcnn_map.freeze(net, "head") if before == "head" else net.leaves()[before].freeze())
+    assert fast_rcnn_map.freeze(net, "all") is net
     optimizer = optim.SGD(net, 0.9, 5e-4)
     before = {k: v.copy() for k, v in net.arrays().items()}
     fast_rcnn_map.step(net, views_of(net), Objective(**EVERYTHING))
@@ -591,6 +596,9 @@ def test_an_empty_batch_is_refused():
       for name, bad in (("map", -1.0), ("box", float("nan")), ("softmax", float("inf")), ("score", -1e-9))),
     *(({"clip": bad}, rf"fast_rcnn_map\.Objective: clip must be None or a number above 0, got {bad}")
       for bad in (0, -1.0, float("nan"), float("inf"))),
+    ({"clip": "x"}, r"fast_rcnn_map\.Objective: clip must be None or a number above 0, got 'x'$"),
+    *(({f"{name}_weight": bad}, rf"fast_rcnn_map\.Objective: {name}_weight must be finite and at least 0, got {bad!r}$")
+      for name, bad in (("map", "1"), ("box", "0.5"), ("softmax", "x"), ("score", None))),
     ({"chunk": 0}, r"fast_rcnn_map\.Objective: chunk must be"), ({"chunk": 1.5}, r"fast_rcnn_map\.Objective: chunk must be"),
     ({"estimator": "fd"}, r"map_loss\.loss: estimator must be"), ({"delta": 0}, r"map_loss\.loss: delta must be a number above 0"),
     ({"kappa": -1}, r"map_loss\.loss: kappa"), ({"reach": 0}, r"map_loss\.loss: reach"), ({"least": float("inf")}, r"map_loss\.loss: least"),

@@ -124,15 +124,23 @@ class Brute:
         points = [self.s[i]] if not b else [b[0] - 1, *((x + y) / 2 for x, y in zip(b, b[1:])), b[-1] + 1]
         return b, [self.at(i, v) for v in points]
 
-    def env(self, i, reach, least):
-        (b, values), s, now, total = self.profile(i), self.s[i], self.at(i, self.s[i]), 0.0
+    def lines(self, i, reach, least):
+        """Slopes of U+, L+, U-, L-."""
+        (b, values), s, now, found = self.profile(i), self.s[i], self.at(i, self.s[i]), []
         for side in (1, -1):
             slopes = [0.0]
             for k, x in enumerate(b):
                 if 0 <= side * (x - s) <= reach:
                     slopes.append(side * (values[k + (side > 0)] - now) / max(side * (x - s), least))
-            total += max(slopes) + min(slopes)
-        return total / 2
+            found += [max(slopes), min(slopes)]
+        return found
+
+    def env(self, i, reach, least):
+        return sum(self.lines(i, reach, least)) / 2
+
+    def widths(self, delta=None, kappa=1.0, reach=None, least=None):
+        sigma = np.std([self.s[i] for i in self.rows]) if self.rows else 0
+        return [max(f * sigma, 1e-3) if w is None else w for w, f in ((delta, kappa), (reach, 3), (least, 0.2))]
 
 
 def brute_loss(case, estimator="sde", delta=None, kappa=1.0, reach=None, least=None, log=False, eps=1e-3, **options):
@@ -143,8 +151,7 @@ def brute_loss(case, estimator="sde", delta=None, kappa=1.0, reach=None, least=N
         return 0.0, d
     mean = sum(b.ap(b.s) for b in classes.values()) / len(classes)
     for c, b in classes.items():
-        sigma = np.std([b.s[i] for i in b.rows]) if b.rows else 0
-        widths = [max(f * sigma, 1e-3) if w is None else w for w, f in ((delta, kappa), (reach, 3), (least, 0.2))]
+        widths = b.widths(delta, kappa, reach, least)
         for i in b.rows:
             d[i, c] = -(b.sde(i, widths[0]) if estimator == "sde" else b.env(i, *widths[1:])) / len(classes)
     return (-math.log(mean + eps), d / (mean + eps)) if log else (1 - mean, d)
@@ -219,7 +226,7 @@ def test_profiles_and_the_two_state_theorem(seed):
         b = Brute(case, c, **options)
         for i in b.rows if b.P else []:
             scores, values = b.profile(i)
-            points, found, blocker = map_loss.profile(*arguments(case, np.asarray), window=i, label=c, **options)
+            points, found, blocker, *_ = map_loss.profile(*arguments(case, np.asarray), window=i, label=c, **options)
             assert (np.diff(points) > 0).all() and (np.diff(found) != 0).all() and len(found) == len(points) + 1
             between = [v - 1e-9 for v in scores] + [scores[-1] + 1 if scores else 0]
             assert_allclose(found[np.searchsorted(points, between)], values, rtol=0, atol=1e-12)
@@ -232,6 +239,36 @@ def test_profiles_and_the_two_state_theorem(seed):
             assert kept[-1] and (math.isnan(blocker) == kept[0])
             if not kept[0]:
                 assert [i in dict(b.detections({**b.s, i: np.nextafter(blocker, to)})) for to in (-9, 9)] == [False, True]
+
+
+def test_a_profile_has_the_slopes_of_both_estimators():
+    """Of every candidate, on tied scores, too: those of loss() times the classes that count, line by line those of the definition."""
+    compared, ties, least_width, unkept = np.zeros(2, int), 0, 0, 0
+    for seed in range(42):
+        case, options = draw(seed, 9), {k: v for k, v in options_of(seed).items() if k not in ("estimator", "log")}
+        if seed % 4 == 0:
+            options.update(delta=None, reach=None, least=None)
+        widths, shared = ({k: v for k, v in options.items() if (k in ("delta", "kappa", "reach", "least")) == wide} for wide in (True, False))
+        slopes = [-run("numpy", case, estimator=name, **options)[1] for name in ESTIMATORS]
+        count = len({*case.gt_labels[~case.gt_difficult].tolist()})
+        for c in range(2):
+            b = Brute(case, c, **shared)
+            for i in b.rows if b.P else []:
+                p = map_loss.profile(*arguments(case, np.asarray), window=i, label=c, **options)
+                for found, slope in zip((p.step, sum(p.lines) / 2), slopes):
+                    assert abs(found - slope[i, c] * count) < 1e-12, (seed, c, i)
+                assert_allclose([p.delta, p.reach, p.least], b.widths(**widths), rtol=1e-12)
+                assert_allclose(p.lines, b.lines(i, *b.widths(**widths)[1:]), rtol=1e-12, atol=1e-12)
+                assert p.score == b.s[i] and abs(p.now - b.at(i, b.s[i])) < 1e-12
+                assert all(type(v) is float for v in (p.score, p.now, p.delta, p.reach, p.least, p.step, *p.lines))
+                ends = [b.s[i] - 1e3, *(() if math.isnan(p.blocker) else [np.nextafter(p.blocker, to) for to in (-9, 9)])]
+                assert [i in dict(b.detections({**b.s, i: v})) for v in ends] == ([True] if math.isnan(p.blocker) else [False, False, True])
+                assert math.isnan(p.blocker) or p.blocker in {b.s[j] for j in b.near[i]}
+                compared += abs(p.step) > 1e-6, abs(sum(p.lines)) > 1e-6
+                ties += b.s[i] in [b.s[j] for j in b.rows if j != i]
+                least_width += p.delta == 1e-3
+                unkept += b.s[i] < p.blocker
+    assert (compared > 60).all() and ties > 15 and least_width > 0 and unkept > 10
 
 
 # Fixtures (notes, sec. 8)
@@ -301,7 +338,7 @@ def steps(text):
 def test_profiles_of_the_fixtures(case, profiles):
     blockers = {id(A): [np.nan] * 5, id(B): [0.6, 1, 1, np.nan, np.nan], id(C): [np.nan, np.nan, 0.95, np.nan, np.nan, 0.8]}[id(case)]
     for i, (expected, blocker) in enumerate(zip(profiles, blockers, strict=True)):
-        points, values, found = map_loss.profile(*arguments(case, np.asarray), window=i, label=0)
+        points, values, found, *_ = map_loss.profile(*arguments(case, np.asarray), window=i, label=0)
         assert_allclose(points, steps(expected)[0], atol=1e-15)
         assert_allclose(values, steps(expected)[1], atol=5e-9)
         assert_array_equal(found, blocker)
@@ -313,7 +350,7 @@ def test_profiles_of_the_fixtures(case, profiles):
 def test_one_sided_parts(case, delta, up, down):
     """Notes 3.1: g is the mean of the two, read here off the profile."""
     for i, (plus, minus) in enumerate(zip(up, down)):
-        points, values, _ = map_loss.profile(*arguments(case, np.asarray), window=i, label=0)
+        points, values, *_ = map_loss.profile(*arguments(case, np.asarray), window=i, label=0)
         s = case.scores[i, 0]
         below, now, above = (values[np.searchsorted(points, v)] for v in (s - delta, s, s + delta))
         assert_allclose([(above - now) / delta, (now - below) / delta], [plus, minus], atol=5e-9)
@@ -453,7 +490,7 @@ def test_the_step_estimate_is_the_derivative_of_the_smoothed_profile():
         for c in range(2):
             b = Brute(case, c)
             for i in b.rows if b.P else []:
-                points, values, _ = map_loss.profile(*arguments(case, np.asarray), window=i, label=c)
+                points, values, *_ = map_loss.profile(*arguments(case, np.asarray), window=i, label=c)
                 s, g = b.s[i], -d[i, c] * len({*case.gt_labels[~case.gt_difficult]})
                 if (abs(abs(points - s) - delta) < 1e-5).any():
                     continue
@@ -690,6 +727,9 @@ def test_errors(change, error, message):
 
 
 @pytest.mark.parametrize("change, message", [
+    *((dict([(name, bad)]), f"{name} must be a number above 0, got {bad}") for name, bad in (
+        ("delta", 0), ("delta", math.inf), ("kappa", -1.0), ("kappa", math.nan), ("reach", 0.0), ("reach", math.nan), ("least", math.inf))),
+    (dict(least="x"), "least must be a number above 0, got 'x'"),
     (dict(label=1), r"label must be of a class with objects that count, \[0\], got 1"),
     (dict(window=3), "window must be a candidate of class 0, got 3"),
     (dict(window=0, most=1), "window must be a candidate of class 0, got 0")])

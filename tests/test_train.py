@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -55,6 +56,44 @@ def test_the_log_is_cut_at_the_checkpoint(tmp_path):
         assert [r["step"] for r in run.metrics()] == [*range(1, steps + 1), "next"]
     run.open_log(0).close()
     assert run.metrics() == []
+
+
+# What training takes
+
+def test_seconds_leave_out_what_runs_aside(tmp_path, monkeypatch):
+    """What is raised there has taken its time, too; what ran aside before or after is another matter."""
+    clock = [100.0]
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    net, optimizer, schedule, step = parts(6)
+    run = Run(tmp_path, {})
+    assert run.seconds is None and run.apart == 0
+
+    @run.aside
+    def measure(i, fails=False):
+        """It measures."""
+        clock[0] += 1000
+        if fails:
+            raise KeyError(i)
+        return i, fails
+
+    def timed(i):
+        clock[0] += 1.5
+        if i in (0, 3):
+            assert measure(i) == (i, False)
+        if i == 4:
+            with pytest.raises(KeyError):
+                measure(i, fails=True)
+        return step(i)
+    assert measure.__name__ == "measure" and measure.__doc__ == "It measures." and measure(7) == (7, False)
+    with use("numpy"):
+        fit(run, net, optimizer, schedule, 6, timed)
+    assert run.seconds == 9 and run.apart == 4000
+    measure(8)
+    assert run.seconds == 9 and run.apart == 5000
+    other = Run(tmp_path, {}, resume=True)
+    with use("numpy"):
+        fit(other, net, optimizer, schedule, 8, timed)
+    assert other.seconds == 3 and other.apart == 0                      # of the two steps that were left
 
 
 # Training that is interrupted

@@ -206,7 +206,7 @@ def _map_loss(ap):
         objects, labels, at = boxes[[0, 1, 2, 5]] + 0.5, np.array([0, 1, 1, 0]), images[[0, 1, 2, 5]]
         points, jumps = np.zeros((2, n, C, 4 * n))
         for i, c in np.ndindex(n, C):
-            b, values, _ = map_loss.profile(x, boxes, images, objects, labels, at, window=i, label=c, ap=ap)
+            b, values, *_ = map_loss.profile(x, boxes, images, objects, labels, at, window=i, label=c, ap=ap)
             points[i, c, :len(b)], jumps[i, c, :len(b)] = b, np.diff(values)
 
         def loss(x):

@@ -235,6 +235,38 @@ def measurements(points, names, path):
     save(figure, path)
 
 
+def profiles(drawn, path):
+    """Draw AP as the score of one window moves, one window above the other, and what both pseudo-gradients make of it.
+
+    drawn: {title: map_loss.Profile}. A staircase, AP; dotted, the score below which NMS suppresses the window; a diamond, where it is; the finite
+    step, from score - delta to score + delta, and its slope; dashed, the four lines of the envelope, and its slope.
+    """
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(7, 3.2 * len(drawn)), dpi=110, layout="constrained")
+    for axes, (title, p) in zip(figure.subplots(len(drawn), squeeze=False)[:, 0], drawn.items()):
+        around = max(p.delta, min(p.reach, 6 * p.delta))
+        low, high = p.score - 1.3 * around, p.score + 1.3 * around
+        inside = (p.breakpoints > low) & (p.breakpoints < high)
+        first = int(np.searchsorted(p.breakpoints, low, "right"))
+        values = p.values[first:first + inside.sum() + 1]
+        axes.stairs(values, [low, *p.breakpoints[inside], high], baseline=None, color="0.3", label="AP of the class")
+        if low < p.blocker < high:
+            axes.axvline(p.blocker, color="0.6", linestyle=":", label="NMS: suppressed below")
+        ends = p.score + p.delta * np.array([-1, 1])
+        below = p.values[np.searchsorted(p.breakpoints, ends[0])]
+        axes.plot(ends, [below, below + 2 * p.delta * p.step], marker="o", color=COLOURS[0], label=f"finite step: slope {p.step:+.4f}")
+        for k, slope in enumerate(p.lines):
+            far = np.array([0, around if k < 2 else -around])
+            axes.plot(p.score + far, p.now + slope * far, color=COLOURS[1], linestyle="--", linewidth=1,
+                      label=None if k else f"envelope: slope {sum(p.lines) / 2:+.4f}")
+        axes.plot([p.score], [p.now], marker="D", color="black", linestyle="", label="now")
+        spread = max(np.ptp(values), 1e-3)
+        axes.set(title=title, xlabel="score of the window", ylabel="AP", xlim=(low, high), ylim=(values.min() - spread / 2, values.max() + spread / 2))
+        axes.legend(fontsize="x-small")
+        axes.grid(alpha=0.3)
+    save(figure, path)
+
+
 def precision_recall(results, path, title="precision and recall"):
     """Draw the curve of every class. results: as evaluate.voc returns them."""
     figure, axes = plot("recall", "precision", title)

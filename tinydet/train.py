@@ -4,6 +4,7 @@ import json
 import math
 import os
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -54,9 +55,10 @@ def fit(run, net, optimizer, schedule, steps, step, every=100, prepare=None, wor
     All that it draws at random must come from i (np.random.default_rng([seed, i])): then a run that was killed and resumed
     passes through the same states, bit for bit on the same machine with the same number of threads.
     schedule(i): learning rate of step i. Every `every` steps, and at the end, the run keeps a checkpoint.
+    run.seconds is then how long this took, without what ran in run.aside and without what was done before a resumption.
     Raises FloatingPointError if the loss or the net is not finite; the last checkpoint stays.
     """
-    first = run.restore(net, optimizer)
+    first, start, before = run.restore(net, optimizer), time.perf_counter(), run.apart
     bar = progress(range(first, steps), initial=first, total=steps, desc=f"train {run.folder.name}", unit="step")
     prepared = loader.prefetch(lambda i: (prepare(i),) if prepare else (), first, steps, workers if prepare else 0)
     with run.open_log(first) as log, prepared:
@@ -74,6 +76,7 @@ def fit(run, net, optimizer, schedule, steps, step, every=100, prepare=None, wor
                                              "lower the learning rate")
                 os.fsync(log.fileno())                              # the log is never behind the checkpoint
                 run.checkpoint(i + 1, net, optimizer)
+    run.seconds = time.perf_counter() - start - (run.apart - before)
 
 
 def numbers(values):
@@ -90,7 +93,10 @@ class Run:
 
     config: the settings, JSON values. A new run needs a folder without a config.json; resume=True continues the one there,
     and its settings must be the same. Raises FileExistsError, FileNotFoundError or ValueError saying which.
+    seconds: of training, known after fit; apart: of what ran in aside().
     """
+
+    seconds, apart = None, 0.0
 
     def __init__(self, folder, config, resume=False):
         self.folder = Path(folder)
@@ -110,6 +116,17 @@ class Run:
                 raise FileExistsError(f"train.Run: {self.folder} holds a run already; resume it, or choose another name")
             self.folder.mkdir(parents=True, exist_ok=True)
             write(path, json.dumps(config, indent=1) + "\n")
+
+    def aside(self, f):
+        """f, whose time is not that of training: a decorator for what measures and draws while a net trains."""
+        @functools.wraps(f)
+        def timed(*args, **options):
+            start = time.perf_counter()
+            try:
+                return f(*args, **options)
+            finally:
+                self.apart += time.perf_counter() - start
+        return timed
 
     def open_log(self, steps):
         """The metrics log, open for appending after its first `steps` records: what came after the checkpoint is done again.

@@ -31,8 +31,9 @@ class Objective:
     scores: by what windows rank, see ranking_scores; the pseudo-gradient goes through its Jacobian. estimator to match: as map_loss.loss. clip: limit
     of the norm of L_mAP's gradient by the outputs of the whole batch, None for no limit.
     centre: take the mean over a class's candidates off its pseudo-gradient. AP stays where all scores of a class move together, so that a gradient
-    of it would sum to 0 over them; the pseudo-gradients, each of one window moved alone, do not: most candidates are false ones that can only do
-    harm, and are pushed down together. With large steps and high rates the true ones go with them (CHOICE, not in the notes; README has figures).
+    of it would sum to 0 over them; the pseudo-gradients, each of one window moved alone, do not: most candidates are false ones that mostly do
+    harm, and are pushed down together. With large steps and high rates the true ones go with them. In return those without a pseudo-gradient
+    are then pushed up (CHOICE, not in the notes; README has figures).
     Smooth L1: mean over the windows of IoU >= 0.5 with an object; cross-entropy: mean over all windows, ignored ones left out. score_weight: AP is
     the same for all scores times 2; this keeps them in place. The candidates of a class are its `most` best of each image.
     chunk: regions that go through the head together.
@@ -62,9 +63,10 @@ class Objective:
         if self.scores not in RANKED:
             raise ValueError(f"{op}: scores must be one of {', '.join(RANKED)}, got {self.scores!r}")
         for name in ("map_weight", "box_weight", "softmax_weight", "score_weight"):
-            if not 0 <= getattr(self, name) < np.inf:
-                raise ValueError(f"{op}: {name} must be finite and at least 0, got {getattr(self, name)!r}")
-        if self.clip is not None and not 0 < self.clip < np.inf:
+            v = getattr(self, name)
+            if not (isinstance(v, (int, float)) and 0 <= v < np.inf):
+                raise ValueError(f"{op}: {name} must be finite and at least 0, got {v!r}")
+        if not (self.clip is None or isinstance(self.clip, (int, float)) and 0 < self.clip < np.inf):
             raise ValueError(f"{op}: clip must be None or a number above 0, got {self.clip!r}")
         checks.whole(op, 1, chunk=self.chunk)
         nothing = np.zeros((0, 1)), np.zeros((0, 4)), np.zeros(0, int), np.zeros((0, 4)), np.zeros(0, int), np.zeros(0, int)
@@ -102,11 +104,14 @@ def view(spec, size, proposals, boxes, labels, difficult, x=None, maps=None):
 
 
 def freeze(net, trains):
-    """Let the "head" alone train, or "all" layers but batch norm, which keeps its averages: a batch comes image by image. Returns the net."""
+    """Let the "head" alone train, or "all" layers but batch norm, which keeps its averages: a batch comes image by image. Returns the net.
+
+    What was frozen before, such as the first layers of a pretrained net, trains with "all".
+    """
     if trains not in TRAINS:
         raise ValueError(f"fast_rcnn_map.freeze: trains must be one of {', '.join(TRAINS)}, got {trains!r}")
-    if trains == "head":
-        net.parts["trunk"].freeze()
+    net.freeze(False)
+    net.parts["trunk"].freeze(trains == "head")
     for layer in net.leaves().values():
         if isinstance(layer, BatchNorm):
             layer.freeze()
@@ -216,7 +221,10 @@ def loss(net, scores, deltas, views, objective):
 
 
 def ranked(net, z, deltas, views):
-    """What the functions of map_loss.py take: scores (n, K), boxes (n, K, 4), image of each row, and the objects."""
+    """What the functions of map_loss.py take: scores (n, K), boxes (n, K, 4), image of each row, and the objects.
+
+    A box of which nothing is left in the image stays a candidate here, as a false positive (CHOICE; detect() drops it).
+    """
     owner = [np.full(len(v.regions.boxes), n) for n, v in enumerate(views)]
     held = [np.full(len(v.labels), n) for n, v in enumerate(views)]
     boxes, labels, difficult = (np.concatenate([getattr(v, name) for v in views]) for name in ("boxes", "labels", "difficult"))

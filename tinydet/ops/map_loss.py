@@ -52,9 +52,7 @@ def loss(scores, boxes, images, gt_boxes, gt_labels, gt_images, gt_difficult=Non
     values: there a score that is not finite makes the value, and dscores of all candidates, NaN.
     """
     op = "map_loss.loss"
-    for name, width in (("delta", delta), ("reach", reach), ("least", least), ("kappa", kappa)):
-        if width is not None and not (isinstance(width, (int, float)) and width > 0 and (width < np.inf or name == "reach")):
-            raise ValueError(f"{op}: {name} must be a number above 0, got {width!r}")
+    _positive(op, delta=delta, reach=reach, least=least, kappa=kappa)
     if estimator not in ("sde", "env"):
         raise ValueError(f"{op}: estimator must be 'sde' or 'env', got {estimator!r}")
     if not 0 <= eps < np.inf:
@@ -64,10 +62,7 @@ def loss(scores, boxes, images, gt_boxes, gt_labels, gt_images, gt_difficult=Non
     dscores = xp.zeros(scores.shape, scores.dtype)
     if len(batch.present) == 0:
         return scalar(xp.zeros((), np.float64)), dscores
-    K = batch.score.shape[1]
-    sigma = xp.sqrt(batch.score.var(1)) if K else xp.zeros(len(batch.present))
-    widths = xp.stack([xp.maximum(factor * sigma, LEAST) if width is None else xp.full(len(sigma), float(width))
-                       for width, factor in ((delta, kappa), (reach, 3), (least, 0.2))], 1)
+    widths = _widths(batch, delta, kappa, reach, least)
     run = pick(scores, numpy=_run_numpy, numba=_run_numba, cuda=_run_cuda)
     aps, _, _, g = run(batch, widths, estimator == "env")
     mean = aps.mean() + (scores - scores).sum()                     # NaN, on a GPU, where a score is not finite
@@ -98,29 +93,68 @@ def average_precisions(scores, boxes, images, gt_boxes, gt_labels, gt_images, gt
     return aps, kept, flags
 
 
-def profile(scores, boxes, images, gt_boxes, gt_labels, gt_images, gt_difficult=None, *, window, label, nms=0.3, match=0.5, most=100,
-            ap="prec", plus_one=False):
-    """f_i of one window and class, for a drawing: (breakpoints (B,), values (B + 1,), blocker), float64.
+class Profile(NamedTuple):
+    """f_i of one window and class, and what the estimators make of it: float64.
 
-    values[k] is AP of the class while the score of row `window` lies between breakpoints[k - 1] and breakpoints[k]; each differs from the
-    next. blocker: the score that it must pass to be kept, NaN if no window can suppress it (one at most: notes, sec. 4.1).
+    values[k] (B + 1,) is AP of the class while the score lies between breakpoints[k - 1] and breakpoints[k] (B,); each differs from the next.
+    blocker: the score that it must pass to be kept, NaN if no window can suppress it (one at most: notes, sec. 4.1). score: where it is;
+    now: AP there. delta, reach, least: as loss() takes them for the class. step: the slope of the finite step; lines: those of the envelope,
+    U+, L+, U-, L- (sec. 3.2), whose sum over 2 is its slope.
+    """
+
+    breakpoints: np.ndarray
+    values: np.ndarray
+    blocker: float
+    score: float
+    now: float
+    delta: float
+    reach: float
+    least: float
+    step: float
+    lines: tuple
+
+
+def profile(scores, boxes, images, gt_boxes, gt_labels, gt_images, gt_difficult=None, *, window, label, nms=0.3, match=0.5, most=100,
+            ap="prec", delta=None, kappa=1.0, reach=None, least=None, plus_one=False):
+    """f_i of the window in row `window` for class `label`, for a drawing: a Profile.
+
     Other arguments as of loss(); works on the host. Raises ValueError for a window that is no candidate and a label that has no
     objects that count.
     """
     op = "map_loss.profile"
     checks.whole(op, 0, window=window, label=label)
+    _positive(op, delta=delta, kappa=kappa, reach=reach, least=least)
     truth = gt_boxes, gt_labels, gt_images, gt_difficult
     batch = _arrange(op, to_numpy(scores), to_numpy(boxes), images, truth, nms, match, most, ap, plus_one)
     if label not in batch.present:
         raise ValueError(f"{op}: label must be of a class with objects that count, {list(map(int, batch.present))}, got {label}")
-    one = _Class(batch, batch.present.tolist().index(label))
+    c = batch.present.tolist().index(label)
+    one = _Class(batch, c)
     if window not in one.row:
         raise ValueError(f"{op}: window must be a candidate of class {label}, got {window}")
-    f = one.moved(int(np.flatnonzero(one.row == window)[0]))
+    i, widths = int(np.flatnonzero(one.row == window)[0]), _widths(batch, delta, kappa, reach, least)[c].tolist()
+    f, s, row = one.moved(i), float(one.score[i]), one.row[i]
     points = f.breakpoints()
     values = np.array([f(-np.inf, LAST), *(f(b, FIRST) for b in points)])
     change = np.flatnonzero(abs(np.diff(values)) > 1e-12)
-    return points[change], values[np.concatenate([[0], change + 1])], np.nan if f.blocker is None else float(one.score[f.blocker])
+    blocker = np.nan if f.blocker is None else float(one.score[f.blocker])
+    step = (f(s + widths[0], row) - f(s - widths[0], row)) / (2 * widths[0])
+    return Profile(points[change], values[np.concatenate([[0], change + 1])], blocker, s, float(f(s, row)), *widths, float(step),
+                   tuple(map(float, one.lines(i, *widths))))
+
+
+def _positive(op, **widths):
+    for name, width in widths.items():
+        if width is not None and not (isinstance(width, (int, float)) and width > 0 and (width < np.inf or name == "reach")):
+            raise ValueError(f"{op}: {name} must be a number above 0, got {width!r}")
+
+
+def _widths(batch, delta, kappa, reach, least):
+    """delta, reach and least of each class, (c, 3), where None is given from the standard deviation of its candidates."""
+    xp = array_module(batch.score)
+    sigma = xp.sqrt(batch.score.var(1)) if batch.score.shape[1] else xp.zeros(len(batch.present))
+    return xp.stack([xp.maximum(factor * sigma, LEAST) if width is None else xp.full(len(sigma), float(width))
+                     for width, factor in ((delta, kappa), (reach, 3), (least, 0.2))], 1)
 
 
 # Candidates, by array code that serves all backends
@@ -308,13 +342,17 @@ class _Class:
         return (f(s + delta, row) - f(s - delta, row)) / (2 * delta)
 
     def envelope(self, i, delta, reach, least):
+        return sum(self.lines(i, delta, reach, least)) / 2
+
+    def lines(self, i, delta, reach, least):
+        """Slopes of the lines that bound f_i: U+, L+, U-, L-."""
         f, s, slopes = self.moved(i), self.score[i], []
         now = f(s, self.row[i])
         for side, beyond in ((1, FIRST), (-1, LAST)):
             points = [b for b in f.breakpoints() if 0 <= side * (b - s) <= reach]
             found = [0.0, *(side * (f(b, beyond) - now) / max(side * (b - s), least) for b in points)]
             slopes += [max(found), min(found)]
-        return sum(slopes) / 2
+        return slopes
 
 
 class _Profile:
