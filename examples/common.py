@@ -220,7 +220,7 @@ def keep_results(run, args, figures):
     "training_seconds": in train.fit alone, evaluation left out, null of a run that was resumed; "memory_MB": the most that this process has held.
     Says where all lies, returns what it wrote.
     """
-    seconds = None if args.resume or run.seconds is None else round(run.seconds, 1)
+    seconds = None if args.resume or run.seconds is None else round(run.seconds, 3)
     found = {"set": args.eval_set, **figures, "training_seconds": seconds, "memory_MB": round(timing.peak())}
     files.write(run.folder / "results.json", json.dumps(found, indent=1) + "\n")
     print(f"\npictures, weights and figures: {run.folder}")
