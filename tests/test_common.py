@@ -81,7 +81,7 @@ def test_images_of_several_classes_are_left_out_and_told(tmp_path, capsys, monke
 # What a run leaves, and what it starts from
 
 def test_results_say_what_training_took(tmp_path):
-    for seconds, resume, told in ((12.34, False, 12.3), (12.34, True, None), (None, False, None)):
+    for seconds, resume, told in ((12.3456, False, 12.346), (12.3456, True, None), (None, False, None)):
         run = train.Run(tmp_path / f"{seconds} {resume}", {})
         run.seconds = seconds
         found = common.keep_results(run, SimpleNamespace(eval_set="test", resume=resume), {"AP": 0.5})
