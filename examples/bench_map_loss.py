@@ -201,7 +201,7 @@ def one_pass(net, views, objective, seed):
     for n, v in enumerate(views):
         rng = np.random.default_rng([*seed, n])
         maps, trunk_cache = net.features(v.x, True, rng)
-        scores, deltas, cache = net.regions(maps, fast_rcnn.on_device(maps, 0, v.regions)[0], True, rng)
+        scores, deltas, cache = net.regions(maps, fast_rcnn.rois_of(maps, 0, v.regions), True, rng)
         found.append((scores, deltas))
         caches.append((trunk_cache, cache))
     scores, deltas = (array_module(maps).concatenate(column) for column in zip(*found))

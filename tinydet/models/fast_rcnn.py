@@ -346,9 +346,13 @@ def choose(net, maps, regions, arrays, sampler, batch, rng):
 
 def on_device(maps, n, regions):
     """rois, labels and targets of the regions of image n, where maps lies."""
-    put, dtype = array_module(maps).asarray, maps.dtype.name
-    rois = np.column_stack([np.full(len(regions.boxes), float(n)), regions.boxes])
-    return [put(rois.astype(dtype)), put(regions.labels), put(regions.targets.astype(dtype))]
+    put = array_module(maps).asarray
+    return [rois_of(maps, n, regions), put(regions.labels), put(regions.targets.astype(maps.dtype.name))]
+
+
+def rois_of(maps, n, regions):
+    """The regions of image n as net.regions takes them, where maps lies."""
+    return array_module(maps).asarray(np.column_stack([np.full(len(regions.boxes), float(n)), regions.boxes]).astype(maps.dtype.name))
 
 
 def mean_loss(net, x, regions, chunk=512):

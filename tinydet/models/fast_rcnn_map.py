@@ -144,7 +144,7 @@ def outputs(net, views, objective, seed):
     for n, v in enumerate(views):
         rng = np.random.default_rng([*seed, n])
         maps, _ = _maps(net, v, rng)
-        rois = fast_rcnn.on_device(maps, 0, v.regions)[0]
+        rois = fast_rcnn.rois_of(maps, 0, v.regions)
         for first in range(0, max(1, len(rois)), objective.chunk):
             found.append(net.regions(maps, rois[first:first + objective.chunk], True, rng)[:2])
     xp = array_module(found[0][0])
@@ -168,7 +168,7 @@ def backward(net, views, dscores, ddeltas, objective, seed):
             continue
         rng = np.random.default_rng([*seed, n])
         maps, cache = _maps(net, v, rng)
-        rois, dmaps = fast_rcnn.on_device(maps, 0, v.regions)[0], 0
+        rois, dmaps = fast_rcnn.rois_of(maps, 0, v.regions), 0
         for at in range(0, len(rows), objective.chunk):
             some = put(rows[at:at + objective.chunk])
             *_, head_cache = net.regions(maps, rois[some], True, rng)
