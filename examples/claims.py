@@ -7,7 +7,8 @@
 FOLDER holds the data sets by name. An arm is a command line of an example program; claims_<paper>.py beside this file lists them:
 PROGRAM   the example program, such as "ohem.py"
 DATA      {data set: options that all its arms share}
-ARMS      {arm: its options}; they come after those of the data set, and win; a first word in ".py" is a program to run for PROGRAM
+ARMS      {arm: its options, or {data set: its options there}}; they come after those of the data set, and win; a first word in ".py" is a
+          program to run for PROGRAM
 ON        {data set: the arms that run on it}
 ROWS      optional: {"columns": {heading: metric}, "rows": [(name, paper's figures, data set, arm)]}, a table of arms beside that of claims
 EMBEDDED  optional: those data sets that come with the package and are no folders: their programs get no --data
@@ -175,6 +176,7 @@ def slug(arm):
 def program_of(table, name, arm, quick):
     """The program of an arm on a data set, and its options."""
     own, more = table.ARMS[arm], getattr(table, "QUICK", [])
+    own = own[name] if isinstance(own, dict) else own
     program, own = (own[0], own[1:]) if own and own[0].endswith(".py") else (table.PROGRAM, own)
     if quick and isinstance(more, dict):
         known(table.__name__, f"QUICK: the program of {arm!r}", program, more)

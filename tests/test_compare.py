@@ -1,0 +1,198 @@
+"""examples/compare.py: the budgets add up, what is judged is what was found, and a report of runs made by hand."""
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import tinydet
+from tinydet import data, scenes
+from tinydet.models import retinanet
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+sys.path.append(str(EXAMPLES))
+import claims  # noqa: E402
+import common  # noqa: E402
+import compare  # noqa: E402
+import timing  # noqa: E402
+
+
+def option(words, name):
+    return int(words[words.index(name) + 1])
+
+
+@pytest.mark.parametrize("name", compare.MEGAPIXELS)
+def test_every_method_gets_the_budget_of_its_data_set(name):
+    budget = 1e6 * compare.MEGAPIXELS[name]
+    for method, options in compare.METHODS.items():
+        if name not in options:
+            assert method == "weak supervision" and name in ("bccd", "apple-orchard")
+            continue
+        words = options[name]
+        spent = {"overfeat.py": compare.OVERFEAT, "ohem.py": compare.FAST_RCNN, "ap_loss.py": compare.RETINANET}.get(words[0])
+        if spent:
+            a_step = spent[name][0]
+            assert abs(option(words, "--steps") * a_step - budget) <= a_step / 2
+        elif words[0] == "end_to_end_map.py":                       # maps of all images as they are and mirrored, and the net before
+            a_step, before = compare.FAST_RCNN[name][0], compare.BEFORE["before mAP"][name]
+            assert f"@{name}/before mAP" in words
+            assert abs(option(before, "--steps") * a_step + compare.MAP[name][0] - budget) <= a_step / 2
+        else:
+            where, arm = next(w for w in words if w.startswith("@"))[1:].split("/")
+            before = compare.BEFORE[arm][where]
+            assert abs(option(before, "--steps") * 64 * 32**2 + compare.WEAK[name][0] - budget) <= 32 * 32**2
+
+
+def test_the_runs_are_those_of_the_programs_and_share_what_comes_before(tmp_path):
+    for name in compare.MEGAPIXELS:
+        args = compare.arguments(["--full", "--sets", name, "--data", str(tmp_path)] if name == "scenes" else
+                                 ["--full", "--sets", name, "--data", str(folder_of(tmp_path, name))])
+        runs, _ = claims.jobs_of(args, compare.table_of(args.sets))
+        assert {m for n, m, _ in runs if n == name} >= {m for m, options in compare.METHODS.items() if name in options}
+        for (where, arm, seed), job in runs.items():
+            program = __import__(job.shown[0].removesuffix(".py"))
+            words = [w.replace("FOLDER", str(tmp_path)) for w in job.shown[1:]]
+            settings = program.arguments(words)                     # nothing that a program refuses
+            assert settings.seed == seed and settings.steps == option(words, "--steps") and ("--data" in words) == (where != "scenes")
+            assert settings.measure_every > settings.steps
+            assert [need.name for need in job.needs] == ([f"{name}-before-map-{seed}"] if arm == "Fast R-CNN, mAP loss" else
+                                                         [f"scenes-{'source' if name == 'scenes' else 'source-for-cards'}-{seed}"]
+                                                         if arm == "weak supervision" else [])
+
+
+def folder_of(tmp_path, name):
+    (tmp_path / name).mkdir()
+    return tmp_path
+
+
+def an_example(name, boxes, labels, difficult=None):
+    boxes = np.array(boxes, float).reshape(-1, 4)
+    return data.Example(name, None, (100, 100), boxes, np.array(labels, int), np.zeros(len(boxes), bool) if difficult is None else np.array(difficult))
+
+
+def test_places_are_the_middle_of_the_surest_box():
+    examples = [an_example("a", [[10, 10, 30, 30]], [0]), an_example("b", [[50, 50, 90, 90]], [0]), an_example("c", [[0, 0, 9, 9]], [1])]
+    of = np.array
+
+    def found(a, b, c):
+        return [(of(boxes, float).reshape(-1, 4), of(labels, int), of(scores, float)) for boxes, labels, scores in (a, b, c)]
+    nothing = ([], [], [])
+    hit = ([[15, 15, 25, 25], [60, 60, 99, 99]], [0, 0], [0.9, 0.1])                        # the surest lies on the object, the other does not
+    right = found(hit, ([[55, 55, 85, 85]], [0], [0.8]), ([[2, 2, 6, 6]], [1], [0.5]))
+    assert compare.places(right, examples, ["x", "y"]) == 1.0
+    missed = found(([[15, 15, 25, 25], [60, 60, 99, 99]], [0, 0], [0.1, 0.9]), right[1], right[2])      # now it does not
+    assert compare.places(missed, examples, ["x", "y"]) == pytest.approx((0.5 * 0.5 + 1) / 2)           # one of two, behind a wrong one
+    none = found(nothing, right[1], right[2])
+    assert compare.places(none, examples, ["x", "y"]) == pytest.approx((0.5 + 1) / 2)
+    silent = found(nothing, nothing, nothing)
+    assert compare.places(silent, examples, ["x", "y"]) == 0.0
+    lower = found(([[15, 15, 25, 25]], [0], [-3.0]), nothing, ([[50, 50, 60, 60]], [0], [-4.0]))        # raw outputs; b, without a box, ranks last
+    assert compare.places(lower, examples, ["x", "y"]) == pytest.approx(0.5 / 2)
+    edge = found(([[31, 31, 37, 37]], [0], [0.9]), right[1], right[2])                      # middle 34: 4 pixels off counts
+    assert compare.places(edge, examples, ["x", "y"]) == 1.0 and compare.places(edge, examples, ["x", "y"], 3.9) < 1
+    assert math.isnan(compare.places([], [], ["x"]))
+
+
+@pytest.fixture
+def done(tmp_path, monkeypatch):
+    """Two seeds of two methods on six scenes, as the runner leaves them: RetinaNets at the start, detections of the truth."""
+    monkeypatch.setattr(timing, "fresh", lambda program, words: here(json.loads(words[1])))
+    args = compare.arguments(["--full", "--seeds", "0", "1", "--out", str(tmp_path), "--report"])
+    runs, _ = claims.jobs_of(args, compare.table_of(args.sets))
+    examples = scenes.scenes(2, 0, "val")
+    net = retinanet.RetinaNet(retinanet.Spec(tuple(scenes.CLASSES)), np.random.default_rng(0))
+    for (_, method, seed), job in runs.items():
+        if method in ("RetinaNet, focal", "Fast R-CNN, mAP loss", "before mAP"):
+            job.folder.mkdir(parents=True)
+            job.record.write_text(json.dumps({"arguments": job.shown}))
+            config = {"data": None, "scenes": 6, "train_set": "train", "eval_set": "val", "steps": option(job.shown, "--steps")}
+            (job.folder / "config.json").write_text(json.dumps(config))
+            retinanet.save(net, job.folder / "weights.npz", {"testing": {"short": 64, "longest": 128}, "cut": {"disc": 0.2, "ring": math.inf}})
+            truth = [(e.boxes * (1 if seed else [1, 1, 1, 1.05]), e.labels, np.full(len(e.labels), 0.9)) for e in examples]
+            (job.folder / "detections.json").write_text(json.dumps(common.records(truth, examples, scenes.CLASSES)))
+            (job.folder / "results.json").write_text(json.dumps({"set": "val", "AP50": {}, "mean AP50": 1.0, "training_seconds": 10.0 + seed,
+                                                                 "memory_MB": 200 if method == "before mAP" else 100}))
+    return args, runs
+
+
+def here(asked):
+    with tinydet.use(asked["backend"]) as put:
+        return json.loads(json.dumps(compare.probe(asked, put)))
+
+
+def test_a_report_tells_what_was_found(done, capsys):
+    args, runs = done
+    found = compare.main(args)
+    assert [(r["data"], r["method"]) for r in found["rows"]] == [("scenes", "Fast R-CNN, mAP loss"), ("scenes", "RetinaNet, focal")]
+    of_map, focal = found["rows"]
+    assert focal["val"]["AP50"][1] == focal["val"]["AP"][1] == focal["val"]["places"][1] == 1
+    assert focal["val"]["AP50"][0] == focal["val"][f"AP50 of {scenes.CLASSES[0]}"][0] == 1 and 0.2 < focal["val"]["AP"][0] < 0.95
+    assert focal["training_seconds"] == [10, 11] and of_map["training_seconds"] == [20, 22] and of_map["memory_MB"] == [200, 200]
+    assert focal["test"] is None and focal["ms"] > 0 and focal["parameters"] > 1e5 and len(of_map["commands"]) == 2
+    assert focal["commands"] == [f"python examples/ap_loss.py --workers 0 --measure-every 1000000 --loss focal --steps {focal['steps']} "
+                                 "--backend numba --seed S"]
+    assert json.loads(args.json.read_text()) == found and "scenes-overfeat-0" in found["missing"]
+    table = (args.folder / "compare.md").read_text()
+    assert "| RetinaNet, focal |" in table and " | 10 ± 1 | " in table and table.strip() in capsys.readouterr().out
+    with Image.open(args.folder / "sheet_scenes.jpg") as sheet, Image.open(args.folder / "time_scenes.png"):
+        assert sheet.width > 2 * 320 and sheet.height > 3 * 200
+
+
+def test_the_test_set_is_looked_at_once_and_other_images_are(done, monkeypatch):
+    args, runs = done
+    args.test, asked = True, []
+    monkeypatch.setattr(timing, "fresh", lambda program, words: asked.append(json.loads(words[1])) or here(asked[-1]))
+    found = compare.main(args)
+    tests = [a for a in asked if a["eval_set"] == "test"]
+    assert len(tests) == 4 and len({a["weights"] for a in tests}) == 4 and found["rows"][1]["test"]["AP50"] is not None
+    names = {r["image"] for r in json.loads(Path(tests[0]["detections"]).read_text())}
+    assert names <= {e.name for e in scenes.scenes(2, 0, "test")}
+    asked.clear()
+    again = compare.main(args)
+    assert not asked and again["rows"] == found["rows"]
+    args.test = False                                               # what is there is shown
+    assert compare.main(args)["rows"] == found["rows"]
+
+
+def test_a_run_that_was_stopped_has_no_training_time(done):
+    args, runs = done
+    job = runs["scenes", "RetinaNet, focal", 1]
+    job.result.write_text(json.dumps({**json.loads(job.result.read_text()), "training_seconds": None}))
+    found = compare.main(args)
+    assert found["rows"][1]["training_seconds"] == [10, None]
+    assert [line.split(" | ")[5] for line in compare.markdown(found) if "focal" in line] == ["-"]
+
+
+@pytest.mark.parametrize("words, told", [
+    ([], "--quick"), (["--full", "--seeds", "1", "1"], "--seeds must be different"), (["--full", "--jobs", "0"], "--jobs at least 1"),
+    (["--full", "--sets", "bccd"], "--sets bccd needs --data"), (["--full", "--sets", "bccd", "--data", "."], "got no folder bccd"),
+    (["--full", "--sets", "cells"], "invalid choice: 'cells'"), (["--full", "--json", "nowhere/x.json"], "nowhere/x.json must exist")])
+def test_what_cannot_be_is_said_at_once(words, told, capsys):
+    with pytest.raises(SystemExit):
+        compare.arguments(words)
+    assert told in capsys.readouterr().err
+
+
+def test_a_data_set_without_a_test_set_is_said_before_anything_runs(tmp_path):
+    folder = tmp_path / "bccd"
+    (folder / "ImageSets" / "Main").mkdir(parents=True)
+    (folder / "Annotations").mkdir()
+    (folder / "JPEGImages").mkdir()
+    (folder / "ImageSets" / "Main" / "train.txt").write_text("a\n")
+    args = compare.arguments(["--full", "--sets", "bccd", "--data", str(tmp_path), "--test", "--out", str(tmp_path)])
+    with pytest.raises(ValueError, match="--test needs a test set in .*bccd, got train"):
+        compare.main(args)
+    assert not args.folder.exists()
+
+
+@pytest.mark.slow
+def test_the_smoke_run_runs_every_method(tmp_path):
+    done = subprocess.run([sys.executable, str(EXAMPLES / "compare.py"), "--quick", "--test", "--out", str(tmp_path)], capture_output=True, text=True, timeout=900)
+    assert not done.returncode, done.stderr[-3000:]
+    found = json.loads((tmp_path / "compare-quick" / "compare.json").read_text())
+    assert [r["method"] for r in found["rows"]] == list(compare.METHODS) and not found["missing"]
+    assert all(r["test"] and r["memory_MB"][0] > 50 for r in found["rows"])
