@@ -192,13 +192,14 @@ def windows(table, h, w, offset=None):
 def encode(windows, boxes):
     """The edges of boxes (R, 4) relative to windows (R, 4) of side w (sec. 4.2): (x1 - wx, y1 - wy, x2 - wx, y2 - wy)/w.
 
+    Both in pixels of the net's input; returns (R, 4), no unit, as what the regressor puts out.
     Dividing by w is a CHOICE (conditioning only); edges rather than centre and size are the paper's.
     """
     return (boxes - windows[:, [0, 1, 0, 1]]) / (windows[:, 2:3] - windows[:, :1])
 
 
 def decode(windows, edges):
-    """Boxes (R, 4) from edges: the inverse of encode."""
+    """Boxes (R, 4), in the windows' pixels, from windows and edges (R, 4): the inverse of encode."""
     return edges * (windows[:, 2:3] - windows[:, :1]) + windows[:, [0, 1, 0, 1]]
 
 
@@ -312,7 +313,8 @@ class OverFeat(Composite):
     def forward(self, x, train=False, rng=None, offset=(0, 0), heads=("classifier", "regressor"), coarser=None):
         """The heads at one offset of the last pooling (coarse stride), or with offset=None at all of them (fine stride, sec. 3.3).
 
-        x: (N, H, W, 3). Returns scores (N, h, w, K), no softmax, edges (N, h, w, 4), or 4 * K with PCR, and cache; None for a head
+        x: (N, H, W, 3), of normalise(). train: batch norm by the batch, and dropout, drawn from rng (which only dropout needs).
+        Returns scores (N, h, w, K), no softmax, edges (N, h, w, 4), or 4 * K with PCR, and cache; None for a head
         that the net has not or that `heads` does not name. Sizes: outputs(); places: windows(). In training the paper shows
         single windows: h = w = 1.
         coarser: of a net with context (sec. 5), (x2, down, across): the images at the next coarser scale, (N, H2, W2, 3), and for each
@@ -341,7 +343,9 @@ class OverFeat(Composite):
         return *found, (maps.shape, offset, heads, trunk_cache, pool_cache, pooled, caches, context_cache)
 
     def backward(self, dscores, dedges, cache):
-        """Add the gradients of all parameters to `grads`; the image gets none. None for a head that has no gradient.
+        """Add the gradients of all parameters to `grads`; the image gets none, and nothing is returned.
+
+        dscores, dedges: of the shapes that forward returned; None for a head that has no gradient. cache: forward's.
 
         At all offsets (notes, 3.5) the heads' gradients add up over the offsets, and a cell of the trunk's map adds up those of all
         the tiles that it won.
@@ -504,7 +508,10 @@ def resize_to(table, image, size, keep_aspect=False):
 
 
 def vote(maps):
-    """The mean over maps (h, w, K), one a scale and flip, of each class's largest value in the map: (K,) float64 (sec. 3.3)."""
+    """The mean over maps (h, w, K), one a scale and flip, of each class's largest value in the map: (K,) float64 (sec. 3.3).
+
+    Maps may differ in h and w. Raises ValueError for no map, an empty one, and maps of different K.
+    """
     if not maps or any(m.ndim != 3 or not m.size or m.shape[2] != maps[0].shape[2] for m in maps):
         raise ValueError(f"overfeat.vote: maps must be arrays (h, w, K) of one K, at least one, got {[m.shape for m in maps]}")
     return np.mean([np.asarray(m, np.float64).max((0, 1)) for m in maps], 0)
@@ -528,7 +535,7 @@ def classify_ten(net, image, short=256, probabilities=True):
 
 
 def committee(nets, image, **how):
-    """The mean of classify(net, image, **how) over several nets."""
+    """The mean of classify(net, image, **how), (K,) float64, over several nets of the same classes (not checked)."""
     return np.mean([classify(net, image, **how) for net in nets], 0)
 
 

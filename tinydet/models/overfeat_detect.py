@@ -17,13 +17,15 @@ from tinydet.ops import assign as assign_op, box_loss, boxes as box_ops, merge, 
 # What each window must answer
 
 def assign(windows, boxes, labels, background, positive=0.5, negative=0.3, visible=0.5):
-    """What the window at each location must answer (sec. 4.2 and 5; the overlaps are a CHOICE, the paper names none).
+    """What the window at each location must answer (sec. 4.2 and 5).
 
     label: class of the box of largest IoU if that is >= positive; `background` if it is < negative; else -1, not trained.
-    A box is regressed where IoU >= negative and at least `visible` of its area lies in the window (the paper's 50 % rule).
-    windows: (M, 4), boxes: (R, 4) float64, labels: (R,), -1 for a difficult object: windows at it are not trained.
-    Returns labels (M,) int64, edges (M, 4), regress (M,) bool.
-    Ties go to the first box; without boxes all is background.
+    CHOICE, both IoUs: the paper names none. That box is regressed where at least `visible` of its area lies in the window: the paper's
+    50 % rule, with overlap = intersection / area of the box (CHOICE), and IoU >= negative, which is ours. Unlike
+    overfeat_localize.targets, where a window answers the box that it holds most of, whatever the IoU.
+    windows: (M, 4), boxes: (R, 4) float64, in the same pixels, boxes with area; labels: (R,), -1 for a difficult object: windows of
+    IoU >= negative with it train neither class nor box. Returns labels (M,) int64, edges (M, 4) of overfeat.encode, regress (M,) bool.
+    Ties go to the first box; without boxes all is background. Raises as ops.assign.best.
     """
     answer = np.full(len(windows), background, np.int64)
     if len(boxes) == 0:
@@ -75,8 +77,9 @@ def loss(spec, scores, edges, targets, rng, box_weight=1.0, offset=(0, 0), **dra
     pixels, labels (R,), and the rectangle (x1, y1, x2, y2) that holds the photograph: windows centred outside are not trained.
     value = mean cross-entropy of the selected windows + box_weight * L2 box loss, the latter divided by the boxes kept or the
     images N, whichever is more (CHOICE: batches with hardly a box would otherwise make training diverge). drawing: options of draw().
-    Of a net without background class (Spec.background) no window of the background trains.
-    Returns a dict of numbers (loss, class_loss, box_loss, positives) and dscores, dedges. On a GPU the losses stay there, too.
+    Of a net without background class (Spec.background) no window of the background trains; scores then have K channels.
+    Returns a dict of numbers (loss, class_loss, box_loss, positives) and dscores, dedges, of the shapes and dtype of scores and edges.
+    On a GPU the losses stay there, too. Of an SCR alone: raises ValueError for edges of a PCR.
     """
     N, h, w, channels = scores.shape
     background = len(spec.classes)
@@ -116,7 +119,7 @@ def spec_for(examples, classes, window=None, most=64, least=24, ratio=1.4, most_
     quantile, in original pixels; at most `most_scales`, further apart if need be. Warns if more than 5 % of the boxes are too long for
     a square window. pool: default 2 for the small net, else the table's.
     more: fields of the Spec in place of these: an SCR that starts from the window, no dropout (CHOICE: the paper is silent for this
-    stage), He's rule, a background class.
+    stage), He's rule, a background class. A PCR can be built, but neither loss() nor look() takes it.
     Raises ValueError if there is no box, or for a window that the table cannot have.
     """
     boxes = np.concatenate([e.usable()[0] for e in examples])
@@ -239,7 +242,8 @@ def combine(boxes, probability, classes, merging="merge", threshold=0.5, mode="c
     pruning: CHOICE; merging takes time as their square). argmax: windows that are surest of the background give none (CHOICE: off).
     Then per class, merging "merge": greedy merging with accumulated confidence (ops.merge: threshold, mode; "count", exact means, is
     a CHOICE, the paper's words give "mean"), scores are sums and may pass 1; "nms": ops.nms at IoU threshold, scores are
-    probabilities. Returns boxes, labels, scores by falling score (ties: lower label), at most `limit`.
+    probabilities. Returns boxes (R, 4), labels (R,), scores (R,) by falling score (ties: lower label), at most `limit`. Raises ValueError
+    for another merging, and as ops.merge and ops.nms.
     """
     if argmax:
         objects = probability.argmax(1) < classes

@@ -1,8 +1,8 @@
 """OverFeat's localization (Sermanet et al., 1312.6229, sec. 4): a regressor trained on a frozen trunk, boxes of all scales that merge.
 
 Training: freeze_trunk(net) once; for each image training_scales(); for each scale targets(), loss(), net.backward, or regress_step();
-the gradients of the scales add up. The rate is not in the paper: CHOICE 0.05 with momentum 0.9 and gradients clipped to norm 1,
-which suits the toy nets of the tests.
+the gradients of the scales add up. (examples/overfeat_localize.py draws one scale a step instead.) The rate is not in the paper: CHOICE,
+here and there, 0.05 with momentum 0.9 and gradients clipped to norm 1.
 At test time localize() gives five guesses, as evaluate_classification.localization_error takes them.
 """
 import copy
@@ -102,6 +102,7 @@ def regress_step(net, maps, targets, offset=None):
 
     As net.forward(x, True, offset=offset, heads=("regressor",)), loss and net.backward with a frozen trunk, for less work: maps
     (N, n, m, D), net.parts["trunk"](x), may be kept from one step to the next, and the pooled map gets no gradient.
+    offset: (oy, ox), or None: all (forward has (0, 0) by default). targets: as in loss(), for the windows of that offset. Raises as loss().
     """
     p, head = net.table.pool, net.parts["regressor"]
     parts, first = dict(head.parts), next(iter(head.parts))

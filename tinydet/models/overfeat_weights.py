@@ -59,7 +59,8 @@ def read(path, table, classes=1000, width=1.0):
 def load_published(net, path):
     """Copy a released file into trunk and classifier of an OverFeat; a regressor stays as it is.
 
-    net: on any backend, of the file's table, number of classes and width: the released ones have width 1 and 1000 classes, in the
+    net: a classifier on any backend, of the file's table with its own k and pool (not checked), number of classes and width: the
+    released ones have width 1 and 1000 classes, in the
     order of the ILSVRC2012 devkit ("kit fox" first), not of sorted WordNet names. Convolutions become (kh, kw, Cin, Cout), numbers
     the net's dtype. One array at a time is in memory. Returns the names of the net's arrays that stay as they were.
     The net must see what the released one saw: RGB, (x - 118.380948) / 61.896913, as Spec has it. The release sets to 0 what is at

@@ -16,12 +16,13 @@ def merge(boxes, scores, threshold=0.5, mode="mean", match="dissimilarity"):
               replace both by their average, appended at the end, with score(a) + score(b)
     The paper says only that match_score sums centre distance and intersection area. CHOICE, as that would punish overlap:
     "dissimilarity": distance of centres / sqrt(mean area) + 1 - IoU, 0 for identical boxes, free of scale.
-    Options for study: "literal": distance + intersection; "diff": distance - intersection / sqrt(mean area).
+    Options for study: "literal": distance + intersection; "diff": distance - intersection / sqrt(mean area): in the boxes' unit, so
+    the threshold depends on it. Two boxes without area score 0 where their centres coincide, else infinity, but for "literal".
     mode "mean": plain average of the two (literal: late boxes weigh more); "count": weighted by the members, so that the
     result is the mean of all of them. The threshold is not in the paper either (CHOICE 0.5: IoU of about 0.69).
     boxes: (R, 4), scores: (R,), one float dtype; worked in float64. Ties: the lowest (a, b).
     Returns boxes (M, 4), scores (M,) in the input's dtype, unmerged ones first, in order; members (M,) int64.
-    R = 0 gives empty arrays. Time grows as R^2. Works on the host, on detections after their copy there: each merge needs the last.
+    R = 0 gives empty arrays. Time grows as R^2, at worst as R^3. Works on the host, on detections after their copy there: each merge needs the last.
     Raises ValueError for NaN or infinity, shapes, unknown names; TypeError for dtypes and for arrays on a GPU.
     """
     run = pick(boxes, numpy=_merge_numpy, numba=_merge)

@@ -17,7 +17,10 @@ def forward(x, size):
 
 
 def backward(ds, cache):
-    """dx of forward. A pixel can win up to size*size tiles, one for each offset: their gradients are added."""
+    """dx (N, H, W, C) of forward, ds's dtype. A pixel can win up to size*size tiles, one for each offset: their gradients are added.
+
+    ds: the shape and dtype of s; pixels that won no tile get 0. Raises ValueError for another shape, TypeError for another dtype.
+    """
     checks.same_shape("offset_pool.backward", cache[3].shape, ds=ds)
     return max_pool.backward(ds, cache, on_gpu=_backward_cuda)
 
@@ -31,6 +34,7 @@ def split(s, size):
     """The size*size maps of s, views s[:, oy::size, ox::size] in the order of offsets(). The inverse of interleave.
 
     s: (N, H, W, C). Maps may differ in size by one, and are empty for offsets at or past the end of s.
+    Raises ValueError for another number of axes or size < 1, TypeError unless s holds floats.
     """
     checks.float_array("offset_pool.split", "s", s, "(N, H, W, C)")
     checks.whole("offset_pool.split", 1, size=size)
@@ -41,7 +45,7 @@ def interleave(maps, size):
     """One map of fine stride from the size*size maps of the offsets (OverFeat, sec. 3.3, Fig. 3): F[size*i + oy] = O[oy][i].
 
     maps: size*size arrays (N, h, w, C) in the order of offsets(); sizes may differ by one, as split() makes them.
-    Returns F (N, sum of the heights of one column of offsets, likewise the width, C): no gaps for any size.
+    Returns F (N, sum of the heights of one column of offsets, likewise the width, C), the first map's dtype: no gaps for any size.
     Raises ValueError if the number or the shapes of the maps fit no single map.
     """
     checks.whole("offset_pool.interleave", 1, size=size)
