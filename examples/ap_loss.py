@@ -9,9 +9,11 @@
 What --loss ap puts in the gradient's place is the paper's update, no derivative of the loss. Everything goes to runs/<name>/: config.json,
 metrics.jsonl, checkpoint.npz, weights.npz (for examples/detect.py), detections.json, results.json, loss.png, precision_recall.png,
 detections.png, false_positives/, and
-curve.json, curve.png   while it trained: average precision; ranking_ap, that of the training batches' ranking since the last point;
-                        pull_ratio, the gradient of the scores on negatives divided by that on positives (their sizes, summed)
-ranking.png, pull.png   the same of every step, whatever the loss
+curve.json, curve.png   while it trained: average precision; ranking_ap, that of the training batches' ranking (1 - AP-loss with delta 0,
+                        interpolated), mean of the steps since the last point; pull_ratio, the gradient of the scores on negatives divided by
+                        that on positives (their sizes, summed), geometric mean of those steps
+ranking.png, pull.png   ranking_ap, and the two sums of which pull_ratio is the quotient, running means of the last 25 steps
+results.json            "imbalance": the mean over all steps of |ln(pull on negatives / pull on positives)|; 0 is balance
 A run that was stopped goes on with --resume.
 """
 import argparse
@@ -101,7 +103,7 @@ def arguments(argv=None):
 
 
 def pull_ratios(records):
-    """ln(pull on negatives / pull on positives) of the steps that have both: 0 is balance."""
+    """ln(pull on negatives / pull on positives) of the steps that have both: 0 is balance. A list of floats; the mean size is `imbalance`."""
     return [math.log(r["pull_negative"] / r["pull_positive"]) for r in records if min(r["pull_negative"], r["pull_positive"]) > 0]
 
 

@@ -5,7 +5,7 @@
     python examples/bench_ohem.py --data FOLDER --set train
     python examples/bench_ohem.py --regions 50 --turns 1            # a smoke test
 
-Two images a step, of each --regions windows and its objects, 128 regions in all that count. Four forms of the step:
+Two images a step, of each --regions windows and its objects; 128 regions in all train, but for `all`. Four forms of the step:
 
     random      Fast R-CNN's quotas, of which nothing need be known before
     ohem        two networks: all regions forward with nothing kept, then the hardest forward and backward
@@ -13,7 +13,8 @@ Two images a step, of each --regions windows and its objects, 128 regions in all
     all         every region trains
 
 Timed are forward, choice, loss, backward and the optimiser's update; images and regions are prepared before. Every turn takes another
-pair of images, on which the forms run one after the other, each first equally often; the first turn compiles and does not count. Ratios
+pair of images, on which the forms run one after the other, each first in its turn (equally often if 4 divides --turns); turn 0 compiles and does
+not count. Ratios
 are of the medians, in brackets the quartiles of the turns' ratios. One net serves all: the rate is 0, so that the weights stay and all
 forms see the same losses, and there is no dropout (CHOICE). Before any timing the two forms of OHEM must agree: losses and gradients to
 1e-4.

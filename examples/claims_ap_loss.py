@@ -2,8 +2,9 @@
 RetinaNet with ResNet-50 at 512 pixels; all are unverified (ap-loss notes, sec. 6).
 
 Same net, images, rate and number of steps in all arms but those that name a rate. The rate was tried on bccd's validation images with seed 0
-(CHOICE; 400 steps at 240x320): 0.2 beat 0.1 for each of the five losses, and 0.4 for AP-loss and focal loss; for the others 0.4 was better,
-which is why two of them have an arm with it. smooth_ap has AP-loss's value, not interpolated, and its derivative in place of the update.
+(CHOICE; 400 steps at 240x320): 0.2 beat 0.1 for each of the five losses, and 0.4 for AP-loss and focal loss; for the others (ce, auc, smooth_ap)
+0.4 was better, which is why two of them have an arm with it on bccd; auc has none. smooth_ap has AP-loss's value, not interpolated, and its
+derivative in place of the update: "ap, plain" is the arm of the same value. Metric imbalance: see examples/ap_loss.py.
 """
 PROGRAM = "ap_loss.py"
 

@@ -159,7 +159,8 @@ def main(args, put):
             draw.save(draw.sheet(pictures, min(4, len(pictures))), run.folder / "regions" / f"{i:06d}.png")
         return values
 
-    # The mean loss of all regions is that of the first images of the training set as they are, the same ones at every measurement
+    # The mean loss of all regions is that of the first images of the training set, unmirrored, without jittered copies, the same ones at every
+    # measurement; with several --short all at the one that this generator draws, not to be compared with runs at another
     watched = [view(j, np.random.default_rng(0), mirror=False)[:2] for j in range(min(20, len(examples)))]
     watched = [(image, answer) for image, answer in watched if (answer.labels >= 0).any()]
 

@@ -103,7 +103,10 @@ def loosened_iou(objects, iou=0.5):
 
 
 def match(boxes, objects, difficult, iou, strict, loosened=False):
-    """1 true positive, 0 false positive, -1 does not count; for the detections of one image and class, best first."""
+    """1 true positive, 0 false positive, -1 does not count: (D,) int, for the detections of one image and class, best first; rules: voc().
+
+    boxes: (D, 4), objects: (R, 4), float64; difficult: (R,) bool. Ties of IoU: the first object.
+    """
     hit = np.zeros(len(boxes), int)
     if len(objects) == 0:
         return hit

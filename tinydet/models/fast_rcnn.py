@@ -144,6 +144,7 @@ class FastRCNN(Composite):
         """What the head says of regions: scores (R, K + 1), deltas (R, 4 * (K + 1)), normalised, and cache.
 
         rois: (R, 5), image index and continuous box in pixels of x, in the map's dtype. Pooled as Caffe does it, last pixels inclusive.
+        Raises as roi_pool.forward.
         """
         last_pixel = array_module(rois).asarray([0, 0, 0, 1, 1], rois.dtype)
         pooled, pool_cache = roi_pool.forward(maps, rois - last_pixel, self.table.pool, self.table.scale, self.spec.float_bins)
@@ -196,7 +197,7 @@ def label(spec, proposals, boxes, labels, difficult=None, append=True):
     The label is that of the object of largest IoU, first wins, where that is >= HIGH, else the background; the target of the box is that object,
     coded by boxes.encode and normalised. Regions whose IoU with a difficult object is >= HIGH are ignored: such objects are always "hard" (notes,
     sec. 3); but not those that overlap another object at least as much, the object itself among them (CHOICE).
-    append=True (training only): the objects themselves are regions, too. They stand first.
+    append=True (training only): the objects themselves, the difficult ones aside, are regions, too. They stand first.
     proposals: (M, 4), boxes: (G, 4) float64, labels: (G,), difficult: (G,) bool. Returns Regions. Proposals outside the image or without area are
     background like others (proposals.clean drops them). Raises ValueError for NaN or infinity and for other shapes, TypeError for other dtypes.
     """
@@ -282,10 +283,12 @@ class Sampler:
     random: Fast R-CNN's quotas (fraction, low; notes 1.6). ohem: the hardest (threshold, per_label; notes 2.1 and 2.2).
     ssd: all of a class and `ratio` times as many of the hardest background, both terms divided by the former (notes, sec. 3). focal: all, each
     faded by (1 - p)^gamma. all: all regions, the mean (the paper's B = 2048).
-    batch: regions of a step, over all its images. accumulate: "mean_of_means": the mean over the images of the means over each one's regions
-    (Caffe's, sec. 2.4), "global_mean": over all regions. chunk: regions scored at a time, in which nothing is kept for backward.
+    batch: regions of a step; each of its N images gives batch // N, at least 1 (not used by ssd, focal and all).
+    accumulate: "mean_of_means": the mean over the images of the means over each one's regions (Caffe's, sec. 2.4), "global_mean": over all
+    regions (not used by ssd and focal). chunk: regions scored at a time, in which nothing is kept for backward.
     low: background whose largest IoU with an object is below it never trains (bg_lo); None is 0.1 for random, as Fast R-CNN has it, else 0.
     noisy: dropout in the scoring pass, as the released prototxt has it; without, the choice depends on nothing random.
+    Raises ValueError or TypeError for settings out of range.
     """
 
     name: str = "ohem"
@@ -318,7 +321,8 @@ class Sampler:
 def score(net, maps, rois, labels, targets, sampler, rng=None):
     """The read-only pass: the loss of every region (R,), in chunks of which nothing is kept (ohem notes, sec. 2.1 and 2.3).
 
-    It touches no gradient and no running average.
+    rois: (R, 5), labels: (R,), targets: (R, 4), as on_device makes them. Returns (R,), the map's dtype, 0 for ignored regions.
+    It touches no gradient and no running average: heads have no batch norm.
     """
     parts = []
     for first in range(0, len(rois), sampler.chunk):
@@ -329,7 +333,10 @@ def score(net, maps, rois, labels, targets, sampler, rng=None):
 
 
 def choose(net, maps, regions, arrays, sampler, batch, rng):
-    """Indices of the regions of an image that train, on the device of maps. arrays: their rois, labels and targets there."""
+    """Indices (int64) of the regions of an image that train, on the device of maps. arrays: their rois, labels and targets there.
+
+    batch: of this image. Order: that of ohem.select, random or ssd; all and focal: of index. Raises as they do.
+    """
     put = array_module(maps).asarray
     if sampler.name != "random" and sampler.low > 0:
         labels = np.where(regions.overlaps < sampler.low, -1, regions.labels)
@@ -356,9 +363,10 @@ def rois_of(maps, n, regions):
 
 
 def mean_loss(net, x, regions, chunk=512):
-    """Mean loss of all regions of images x, ignored ones left out, whatever trains the net: what OHEM's sec. 4 compares (ohem notes, sec. 4).
+    """Mean loss of all regions of images x, ignored ones left out, whatever trains the net: the curve that OHEM compares (ohem notes, sec. 4).
 
-    Running averages and no dropout, so it is the loss of the net as it would be used; nothing changes. Returns a float, NaN without regions.
+    Running averages and no dropout, so it is the loss of the net as it would be used; nothing changes. x: as step() takes it; regions: a list
+    of N Regions. chunk: regions scored at a time. Returns a float, NaN without regions.
     """
     maps, _ = net.features(x)
     losses = [to_numpy(score(net, maps, *on_device(maps, n, r), Sampler("all", chunk=chunk)))[r.labels >= 0] for n, r in enumerate(regions)]
@@ -371,7 +379,8 @@ def step(net, x, regions, sampler, rng):
 
     The trunk runs once; where the choice needs losses, the head runs on all regions first, and then on those chosen (the "two networks" of the
     notes, sec. 2.3). Returns a dict of numbers, "loss" first, with the share of the regions chosen that hold an object, and the list of the indices
-    chosen in each image. On a GPU the numbers stay there; read are the counts of the chosen, one an image.
+    chosen in each image. On a GPU the numbers stay there; read are the counts of the chosen, one an image. Raises ValueError unless there are
+    Regions for each image, else as choose().
     """
     if len(regions) != len(x):
         raise ValueError(f"fast_rcnn.step: there must be Regions for each of {len(x)} images, got {len(regions)}")
@@ -434,7 +443,8 @@ def jittered(boxes, copies, size, rng):
 
 
 def batch(net, images):
-    """Images of different sizes as one array for the net, normalised: in the upper left corner, the rest 0 (the mean); at least 32 pixels a side."""
+    """uint8 images (h, w, 3) of different sizes as one array (N, H, W, 3) of the net's dtype, normalised: in the upper left corner, the rest 0
+    (the mean); at least 32 pixels a side."""
     H, W = (max(32, *(image.shape[k] for image in images)) for k in (0, 1))
     return augment.in_corner(images, H, W, net.normalise, net.dtype)
 
@@ -444,9 +454,9 @@ class Testing:
     """How detections are made (ohem notes, sec. 1.9). short, longest: scales, each region at the one where its area is nearest 224^2 (`near`).
 
     min_score, nms, limit: a class keeps what scores more, NMS at this IoU, then the best `limit` of an image over all classes (ties at the last
-    score are cut by order, CHOICE). iterate: the boxes that score more than `again` (CHOICE; the notes have "high-scoring") go in as regions once
-    more, and of both lists the kept boxes become the score-weighted mean of those that overlap by at least `vote` (MR-CNN's iterative boxes and
-    voting).
+    score are cut by order, CHOICE). iterate: the boxes that score more than both `again` and min_score (CHOICE; the notes have "high-scoring") go in
+    as regions once more, for all classes (CHOICE), and of both lists the kept boxes become the score-weighted mean of those of their class that
+    overlap by at least `vote` (MR-CNN's iterative boxes and voting). chunk: regions that go through the head together.
     scores: "softmax", the class's probability, or "raw", its output as it is, as nets trained for mAP rank (fast_rcnn_map.py): then there is no
     min_score, and no iterate. per_class: the best so many of a class in an image before NMS (map-loss notes, sec. 2: 100); None: all.
     """
@@ -512,7 +522,8 @@ def detect(net, image, proposals, testing):
 def look(net, image, pyramid, factors, regions, testing):
     """Class probabilities, or raw scores, (M, K + 1) and boxes (M, K, 4) of regions (M, 4), float64, in pixels of the image, cut at its border.
 
-    Each region is pooled at the scale where its area is nearest near^2. Regions without area in the image give probability 0, score -inf.
+    Each region is pooled at the scale where its area is nearest near^2 (ties: the first). Regions without area give probability 0, score -inf;
+    of one that lies outside the image every bin is empty, and the head sees zeros.
     """
     K, spec, softmax = net.spec.background, net.spec, testing.scores == "softmax"
     p, boxes = np.full((len(regions), K + 1), 0.0 if softmax else -np.inf), np.zeros((len(regions), K, 4))

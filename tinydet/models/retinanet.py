@@ -5,7 +5,8 @@ cell which classes it holds, one yes-or-no score a class, and where the object's
 ranks the scores of the whole batch against each other instead of weighing them (LOSSES has it and its rivals).
 
 Differences from the papers' code: boxes are continuous, anchors centred at stride * (i + 0.5); images are RGB; the box loss
-reported is the one whose gradient is taken. The table "small" is ours, for training from scratch on a CPU.
+reported is the one whose gradient is taken; difficult objects are ignored, not dropped; all images of a step are ranked in one
+list; no step is skipped. The table "small" is ours, for training from scratch on a CPU.
 """
 import dataclasses
 
@@ -20,7 +21,7 @@ from tinydet.ops import (add, ap_loss, assign, auc_loss, box_loss, boxes as box_
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """widths: channels of the five stages C1..C5, of a ResNet those inside its bottlenecks, which put out 4 times as many;
+    """widths: channels of the five stages C1..C5, in C2..C5 of a ResNet those inside its bottlenecks, which put out 4 times as many;
     blocks: bottlenecks of C2..C5, () for the small backbone; channels: of the pyramid and the heads; depth: hidden layers of each
     head; top: the coarsest level; std: of the hidden layers' weights (None: He's rule)."""
 
@@ -132,14 +133,15 @@ class RetinaNet(Composite):
         self.params["classifier.layer.out.b"][...] = -np.log((1 - spec.prior) / spec.prior)
 
     def normalise(self, images):
-        """uint8 images (N, H, W, 3) as the float array the net takes."""
+        """uint8 images (N, H, W, 3), RGB, as the array of the net's dtype that it takes: (images - mean) / std. Works on the host."""
         mean, std = (np.array(v, self.dtype) for v in (self.spec.mean, self.spec.std))
         return (np.asarray(images, self.dtype) - mean) / std
 
     def forward(self, x, train=False, rng=None):
         """Scores (N, A, K), no sigmoid, and box deltas (N, A, 4), normalised, of the anchors of images x (N, H, W, 3), and cache.
 
-        Rows in the order of anchors(). Any H and W >= 1.
+        Rows in the order of anchors(). x: from normalise(), the net's dtype. Any H and W >= 1. train: batch norms that are not frozen
+        take the batch's statistics and move their averages. rng is not used.
         """
         maps, backbone_cache = self.parts["backbone"].forward(x, train, rng)
         levels, pyramid_cache = self.parts["pyramid"].forward(maps[2:], train, rng)
@@ -152,7 +154,7 @@ class RetinaNet(Composite):
         return *found, (backbone_cache, pyramid_cache, caches)
 
     def backward(self, dscores, ddeltas, cache):
-        """Add the gradients of all parameters to `grads`; the image gets none."""
+        """Add the gradients of all parameters to `grads`; the image gets none. dscores (N, A, K), ddeltas (N, A, 4): from loss()."""
         backbone_cache, pyramid_cache, caches = cache
         each = []
         for name, dy, (head_cache, shapes) in zip(("classifier", "regressor"), (dscores, ddeltas), caches):
@@ -183,6 +185,7 @@ class Pyramid(Composite):
         self.top = top
 
     def forward(self, xs, train=False, rng=None):
+        """xs: C3, C4, C5, (N, h, w, C) each. Returns the list P3, P4, ..., (N, h, w, channels) each, fine to coarse, and cache."""
         ps, caches, merged = {}, {}, None
         for k in (5, 4, 3):
             lateral, caches[f"lateral{k}"] = self.parts[f"lateral{k}"].forward(xs[k - 3])
@@ -196,6 +199,7 @@ class Pyramid(Composite):
         return [ps[k] for k in range(3, self.top + 1)], caches
 
     def backward(self, dys, cache):
+        """dys: a gradient for each level. Returns those of C3, C4, C5."""
         dys, dxs, dabove = list(dys), [], None
         dlast = None                                                    # of what the coarsest level left sees: in the end C5
         for k in range(self.top, 5, -1):
@@ -360,7 +364,8 @@ def entries(labels, K):
     """labels (N, A), K for the background and -1 for ignored, as one yes-or-no answer a class (N, A, K) int8: 1, 0, -1 (notes,
     sec. 1.1).
 
-    An anchor of a class is 1 there and 0 for the K - 1 others. On the device of labels.
+    An anchor of a class is 1 there and 0 for the K - 1 others. On the device of labels. Flattened, entry ((n * A + m) * K + k) is anchor m
+    of image n and class k, as that of the scores.
     """
     xp, labels = array_module(labels), labels[..., None]
     return xp.where(labels < 0, -1, labels == xp.arange(K)).astype(np.int8)
@@ -395,13 +400,15 @@ def loss(scores, deltas, targets, name="ap", per_image=False, box_weight=1.0, **
     value = class loss + box_weight * mean over the four numbers of all anchors that hold an object of smooth L1 (beta 1); without
     any the latter is 0.
     scores: (N, A, K), deltas: (N, A, 4) from RetinaNet.forward; targets: Targets of each image. name: one of LOSSES; options:
-    those of its function (ap: delta, interpolated; auc: delta; smooth_ap: delta; focal: alpha, gamma; ce: ratio).
+    those of its function (ap: delta, interpolated; auc: delta; smooth_ap: delta; focal: alpha, gamma, normalizer; ce: ratio).
     The entries of the batch are ranked, or counted, together, across images, levels and classes (notes, sec. 1.2 and 2.5);
-    per_image=True: those of each image alone, the mean over the images.
+    per_image=True: those of each image alone, the mean over the images, of which those without an object count as 0 in a ranking loss.
     Returns a dict of numbers (loss, class_loss, box_loss, positives: anchors that hold an object) and dscores, ddeltas. For "ap"
     dscores is the paper's update, no derivative (ops/ap_loss.py). On a GPU all stays there, the losses too. The papers' code skips a
     step whose loss is exactly 0, for which a GPU would have to be waited for: not so here (CHOICE).
-    Raises ValueError for another name, targets that do not fit, and a box_weight that is not finite or below 0.
+    dscores (N, A, K) and ddeltas (N, A, 4) have the dtype of scores and deltas; box_weight is in ddeltas, not in box_loss.
+    Raises ValueError for another name, targets that do not fit, and a box_weight that is not finite or below 0; TypeError for options
+    that the function does not have; else as that function.
     """
     op = "retinanet.loss"
     if name not in LOSSES:
@@ -440,7 +447,8 @@ def training_view(spec, example, rng, height, width, views="ssd", upside_down=Fa
     views: one of VIEWS: the chain of augment.ssd, with `most` for its expansion and axes for its PCA lighting; "crop": a part of
     3/4 to 1 of each side, mirrored half of the time (CHOICE: for sets that are soon learnt); "mirror": that alone. upside_down:
     also mirrored top to bottom half of the time, for images without an up (CHOICE).
-    The published nets train at 512x512 (notes, sec. 5). Raises ValueError for other views.
+    Returns image uint8 (height, width, 3), boxes (R, 4) float64 in its pixels, labels (R,) int64, difficult (R,) bool; a crop may leave
+    no box. The published nets train at 512x512 (notes, sec. 5). Raises ValueError for other views.
     """
     if views not in VIEWS:
         raise ValueError(f"retinanet.training_view: views must be one of {', '.join(VIEWS)}, got {views!r}")
@@ -492,8 +500,9 @@ class Testing:
 def detect(net, image, testing=Testing()):
     """All detections in one image. image: uint8 (H, W, 3).
 
-    Returns boxes (R, 4) float64 in pixels of the image, cut at its border, labels (R,), scores (R,), probabilities, by falling
-    score. Boxes of which nothing is left in the image are dropped.
+    Returns boxes (R, 4) float64 in pixels of the image, cut at its border, labels (R,) int64, scores (R,) float64, probabilities, by
+    falling score, ties in the order of candidates(). Boxes of which nothing is left in the image are dropped. The net runs on its backend,
+    the rest on the host.
     """
     H, W = image.shape[:2]
     scaled, _ = augment.scale(image, np.zeros((0, 4)), augment.short_side_factor(image, testing.short, testing.longest))

@@ -35,8 +35,9 @@ def ap_loss(scores, labels, delta=1.0, interpolated=True):
     On a GPU nothing waits for the host; at most 1048576 positives; scratch memory: five arrays as large as scores (the sort brings the
     positives to the front) and some 70 bytes for each of at most 1048576 entries. Sums over negatives are integers, multiples of about
     entries * delta / 2^61, so their order does not show, there or with several threads: each run gives the same bits.
-    Raises ValueError for shapes, other labels, scores not finite at labels 0 and 1, other deltas; TypeError for dtypes. A GPU does not look
-    at values before: there such scores, labels (as int8, which needs no conversion) and too many positives make loss and all of g NaN.
+    Raises ValueError for shapes, other labels, scores not finite at labels 0 and 1, other deltas; TypeError for dtypes, for a delta that
+    is no number and an interpolated that is no bool. A GPU does not look at values before: there such scores, labels (as int8, which needs
+    no conversion) and too many positives make loss and all of g NaN.
     """
     op = "ap_loss.ap_loss"
     checks.float_array(op, "scores", scores)
@@ -127,13 +128,15 @@ def _edges(p, reach):
 
 @njit(cache=True)
 def _cell(v, low, rate, last):
-    """Never falls as v grows, roundings or not: an edge in a cell before that of v is below v, one in a cell behind it above v."""
+    """The cell of v, int64 in 0..last. Never falls as v grows, roundings or not: an edge in a cell before that of v is below v, one in a cell
+    behind it above v.
+    """
     return np.int64(min(max((v - low) * rate, 0.0), last))
 
 
 @njit(cache=True)
 def _table(edges):
-    """start: how many edges lie in cells before each; low, rate and last cell, see `_cell`."""
+    """start (cells + 1,) int32: how many edges lie in cells before each; low, rate and last cell, floats, see `_cell`."""
     cells = min(FINE * len(edges), CELLS)
     low, high = edges[0], min(edges[-1], 1.7976931348623157e308)
     rate, last = 1 / max(high / cells - low / cells, 2.2250738585072014e-308), cells - 1.0
@@ -159,8 +162,8 @@ def _fixed(v, scale):
 
 @njit(cache=True, parallel=True)
 def _negatives(x, y, places, edges, start, low, rate, last, scale, parts):
-    """places: how many edges a negative has reached; 0 for other entries. Returned: how many negatives are at each place or a lower one,
-    and their sum.
+    """Writes places (n,): how many of the 2 P edges a negative has reached; 0 for other entries. Returns two int64 arrays (2 P + 1,): how many
+    negatives are at each place or a lower one, and their sum (`_fixed`).
 
     All are integers, so neither the number of parts nor their order shows.
     """
@@ -189,7 +192,9 @@ def _negatives(x, y, places, edges, start, low, rate, last, scale, parts):
 
 @njit(cache=True)
 def _positives(p, enter, leave, counts, sums, reach, slope, scale, unit, interpolated):
-    """E, and for each place the line in v, value + rise * (v - origin), which g is there."""
+    """E (P,), and for each place the line in v, value + rise * (v - origin), which g is there: (2 P + 1, 3), a row value, rise, origin. All
+    float64.
+    """
     P = len(p)
     least, w0, w1, origin = np.empty(P), np.zeros(P + 1), np.zeros(P + 1), np.empty(P)
     lo, hi, within = 0, 0, np.int64(0)                              # the window of i among the positives themselves, and its sum
@@ -222,7 +227,7 @@ def _positives(p, enter, leave, counts, sums, reach, slope, scale, unit, interpo
 
 @njit(cache=True, parallel=True)
 def _gradients(x, places, g, lines):
-    """g may lie where places are."""
+    """Writes g (n,) of the negatives, 0 for other entries, by the line of each place. g may lie where places are: each is read before."""
     for i in prange(len(x)):
         m = places[i]
         v = lines[m, 0] + lines[m, 1] * (x[i] - lines[m, 2])

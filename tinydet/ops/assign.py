@@ -10,7 +10,8 @@ PART = 2048             # anchors that one thread takes at a time
 
 
 def best(anchors, boxes, plus_one=False):
-    """The box of largest IoU for each anchor (or window), and the anchor of largest IoU for each box: what targets are made from.
+    """The box of largest IoU for each anchor (or window), and the anchor of largest IoU for each box: what targets are made from
+    (RetinaNet: ap-loss notes, sec. 5, retinanet.label; Fast R-CNN: ohem notes; the thresholds are theirs).
 
         box[m] = argmax_r IoU(m, r),  iou[m] = max_r IoU(m, r);    anchor[r] = argmax_m IoU(m, r),  anchor_iou[r] = max_m IoU(m, r)
     anchors: (M, 4), boxes: (R, 4), one float dtype. plus_one: inclusive pixels (boxes.py). IoU is 0 where the union is empty.
@@ -39,7 +40,7 @@ def _best_numpy(anchors, boxes, plus_one):
 
 
 def _best_numba(anchors, boxes, plus_one):
-    """Each part of the anchors finds its best for every box, then the first part of the largest wins."""
+    """Each part of the anchors finds its best for every box, then among the parts of the largest IoU the first wins."""
     M, R, dtype = len(anchors), len(boxes), anchors.dtype
     parts = -(-M // PART)
     box, iou = np.zeros(M, np.int64), np.zeros(M, dtype)            # the zeros stay where all IoUs are 0

@@ -23,7 +23,8 @@ def auc_loss(scores, labels, delta=1.0):
     that is enough for a baseline.
     delta: 0 or from 1e-100 to 1e100, in units of the scores.
     Raises ValueError for shapes, other labels, scores at labels 0 and 1 that are not finite or beyond 1e100, other deltas; TypeError for
-    dtypes. A GPU does not look at values before: such a score there makes the value NaN, a label that is none counts nowhere.
+    dtypes and for a delta that is no number. A GPU does not look at values before: such a score there makes the value NaN, a label that is
+    none counts nowhere.
     """
     op = "auc_loss.auc_loss"
     checks.float_array(op, "scores", scores)
@@ -37,7 +38,8 @@ def auc_loss(scores, labels, delta=1.0):
 
 def arranged(scores, y):
     """What pairwise losses sum over: the order of the scores; they, sorted, seen from the middle of the positives, where sums lose the
-    least; and which of them are positive and negative, as 1.0 and 0.0. y: labels (n,). Scores that count nowhere stand at 0."""
+    least; and which of them are positive and negative, as 1.0 and 0.0. scores: any shape, n entries; y: labels (n,). Returns order (n,)
+    int32 and three arrays (n,) float64. Equal scores in order of index; scores that count nowhere stand at 0, before the shift."""
     xp = array_module(scores)
     s = xp.where(y < 0, 0, scores.reshape(-1)).astype(np.float64)
     order = sort.argsort(s)

@@ -8,10 +8,10 @@ from tinydet.backend import array_module, pick, scalar
 def l2(x, target, mask=None):
     """Half the squared distance, per box (OverFeat, sec. 4.2): value = 0.5 * sum_{kept} |x - target|^2 / kept.
 
-    Normalising by the number of kept boxes is a CHOICE. x, target: (R, D), D = 4 edges, one float dtype;
-    mask: (R,) bool, False rows give no loss and no gradient (the 50 % rule); None keeps all.
+    Gradient (x - target) / kept. Normalising by the number of kept boxes is a CHOICE. x, target: (R, D), D = 4 edges, float32 or float64,
+    both the same; mask: (R,) bool, False rows give no loss and no gradient (the 50 % rule); None keeps all.
     Returns a Python float (on a GPU a 0-d float64 array there) and dx (R, D), same dtype; 0.0 and zeros if no box is kept. Masked
-    rows may hold anything, NaN too.
+    rows may hold anything, NaN too. Raises ValueError for shapes, TypeError for dtypes and a mask that is not bool.
     """
     mask = _checked("box_loss.l2", x, target, mask)
     return pick(x, numpy=_l2_numpy, cuda=_l2_cuda)(x, target, mask)
@@ -20,8 +20,10 @@ def l2(x, target, mask=None):
 def smooth_l1(x, target, mask=None, beta=1.0):
     """Huber-like loss (Fast R-CNN, eq. 3, in the beta form), summed over the D numbers of a box, divided by the kept boxes.
 
+    RetinaNet takes it of normalised box deltas with beta 1, and a quarter of it (AP-loss; ap-loss notes, sec. 5; retinanet.loss).
     With d = x - target: 0.5 d^2 / beta where |d| < beta, else |d| - 0.5 beta; gradient d / beta or sign(d). beta = 1/sigma^2.
-    beta = 0 is pure L1 (gradient 0 at d = 0). Arguments, result and mask as in l2. Raises ValueError for beta < 0 or NaN.
+    beta = 0 is pure L1 (gradient 0 at d = 0); gradient over kept. Arguments, result, mask and errors as in l2, and ValueError for
+    beta < 0, infinite or NaN.
     """
     if not 0 <= beta < np.inf:
         raise ValueError(f"box_loss.smooth_l1: beta must be a finite number >= 0, got {beta}")

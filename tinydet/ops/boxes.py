@@ -12,13 +12,13 @@ MAX_LOG = math.log(1000 / 16)           # decode() grows no box by more than thi
 
 
 def area(boxes, plus_one=False):
-    """(R,) areas of boxes (R, 4); a side that would be negative counts as 0."""
+    """(R,) areas of boxes (R, 4), float32 or float64; a side that would be negative counts as 0. Raises TypeError, ValueError for dtype, shape."""
     checks.float_array("boxes.area", "boxes", boxes, "(R, 4)")
     return (boxes[:, 2:] - boxes[:, :2] + int(plus_one)).clip(0).prod(1)
 
 
 def intersection(a, b, plus_one=False):
-    """(A, B) intersection areas of boxes a (A, 4) and b (B, 4), one float dtype."""
+    """(A, B) intersection areas of boxes a (A, 4) and b (B, 4), one float dtype. Raises TypeError, ValueError for dtypes, shapes."""
     checks.float_array("boxes.intersection", "a", a, "(A, 4)")
     checks.float_array("boxes.intersection", "b", b, "(B, 4)")
     checks.same_dtype("boxes.intersection", a=a, b=b)
@@ -28,14 +28,14 @@ def intersection(a, b, plus_one=False):
 
 
 def iou(a, b, plus_one=False):
-    """(A, B) intersection over union of boxes a (A, 4) and b (B, 4), one float dtype; 0 where the union is empty."""
+    """(A, B) intersection over union of boxes a (A, 4) and b (B, 4), one float dtype; 0 where the union is empty. Raises as intersection."""
     inter = intersection(a, b, plus_one)
     union = area(a, plus_one)[:, None] + area(b, plus_one) - inter
     return inter / array_module(a).where(union > 0, union, 1)
 
 
 def encode(anchors, boxes, plus_one=False):
-    """Box deltas of R-CNN (ohem notes 1.5): (dx, dy) = centre shift / anchor side, (dw, dh) = log of the ratio of sides.
+    """Box deltas of R-CNN (ohem notes 1.5): (dx, dy) = centre shift / anchor side, (dw, dh) = log(side of the box / side of the anchor).
 
     anchors, boxes: (R, 4), one float dtype, all sides positive. Returns (R, 4). Raises ValueError for a side <= 0; on a GPU, where
     values are not looked at, its deltas are infinite or NaN.
@@ -51,9 +51,11 @@ def encode(anchors, boxes, plus_one=False):
 
 
 def decode(anchors, deltas, plus_one=False):
-    """Boxes (R, 4) from deltas (R, 4), the exact inverse of encode (Detectron's form: plus_one takes the pixel off again).
+    """Boxes (R, 4) from anchors and deltas (R, 4), one float dtype: encode's inverse, but for rounding and the cut (Detectron's form: plus_one
+    takes the pixel off again).
 
-    dw and dh are cut at log(1000/16), so that an untrained net gives no infinite boxes.
+    dw and dh are cut at log(1000/16), so that an untrained net gives no infinite boxes. Boxes are not cut at the image (clip).
+    Raises ValueError for shapes, TypeError for dtypes.
     """
     checks.float_array("boxes.decode", "anchors", anchors, "(R, 4)")
     checks.same_shape("boxes.decode", anchors.shape, deltas=deltas)
@@ -66,7 +68,7 @@ def decode(anchors, deltas, plus_one=False):
 
 
 def clip(boxes, height, width):
-    """Boxes (R, 4) cut at the image: x to [0, width], y to [0, height]. A box outside ends with area 0."""
+    """Boxes (R, 4) cut at the image, height x width pixels: x to [0, width], y to [0, height]. A box outside ends with area 0. Raises as area."""
     checks.float_array("boxes.clip", "boxes", boxes, "(R, 4)")
     xp = array_module(boxes)
     return boxes.clip(0, xp.asarray([width, height, width, height], boxes.dtype))

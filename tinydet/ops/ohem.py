@@ -7,16 +7,17 @@ from tinydet.ops import nms, sort
 
 
 def select(losses, boxes, labels, batch, threshold=0.7, per_label=True, plus_one=False):
-    """The hardest `batch` regions of one image, of near-duplicates only the hardest (OHEM, sec. 3.2; ohem notes, sec. 2.1 and 2.2).
+    """The hardest `batch` regions of one image, of near-duplicates only the hardest (OHEM, sec. 4.1, unverified; ohem notes, sec. 2.1 and 2.2).
 
     In order of loss, a region is dropped if its IoU with one kept before is above `threshold`: two regions over the same cells would count
     one loss twice. per_label=True: only with those of its label (the released code); False: with all (as the paper's text reads).
-    threshold=None: none is dropped. Then the first `batch` of what is left.
+    threshold: in [0, 1] (0.7 in the paper); None: none is dropped. Then the first `batch` of what is left. plus_one: inclusive pixels (boxes.py).
     losses: (R,) roi_loss.each, boxes: (R, 4) in pixels of the net's input, one float dtype; labels: (R,) integers, background included; -1
     (ignored: at a difficult object) is never chosen and drops no other.
     Returns the indices chosen, int64, hardest first, min(batch, survivors) of them; equal losses in order of index. R = 0 gives none.
-    On a GPU the number chosen is read, once. Raises FloatingPointError for a loss that is not finite (sorting would hide it), ValueError for
-    shapes and a batch below 1, TypeError for dtypes.
+    Raises FloatingPointError for a loss that is not finite (sorting would hide it), ValueError for shapes, a threshold out of range and a batch
+    below 1, TypeError for dtypes. On a GPU, where losses are not looked at, nms raises ValueError for one that is not finite, and with
+    threshold=None nothing does; the number chosen is read there, once.
     """
     op = "ohem.select"
     checks.float_array(op, "losses", losses)
@@ -40,11 +41,12 @@ def select(losses, boxes, labels, batch, threshold=0.7, per_label=True, plus_one
 def random(labels, overlaps, batch, rng, fraction=0.25, low=0.1, high=0.5):
     """Fast R-CNN's heuristics: up to round(fraction * batch) regions of a class, the rest background (ohem notes, sec. 1.6).
 
-    Background are the regions whose overlap lies in [low, high): below
-    low is "easy" and never used; low = 0 drops that rule. Where one kind is short the other does not fill its place beyond the batch.
-    labels: (R,) integers, -1 ignored, overlaps: (R,) largest IoU with an object, both NumPy arrays; a region counts as of a class where
-    overlap >= high. Drawn without replacement. Returns indices, int64, those of a class first, each part in rising order; fewer than batch
-    where there are not enough (the batch is smaller then, sec. 1.6).
+    Background are the regions whose overlap lies in [low, high): below low is "easy" and never used; low = 0 drops that rule. Where regions of a
+    class are short, background takes their places; where background is short, nothing does: the batch is smaller (sec. 1.6).
+    labels: (R,) integers, -1 ignored, overlaps: (R,) float, largest IoU with an object, both NumPy arrays; a region counts as of a class where
+    overlap >= high. Drawn without replacement by rng, a numpy.random.Generator. round: halves up. Returns indices, int64, those of a class
+    first, each part in rising order, at most batch. R = 0 gives none. Raises ValueError for shapes, a batch below 1 and numbers out of range,
+    TypeError for dtypes.
     """
     op = "ohem.random"
     _regions(op, labels, overlaps)
@@ -62,7 +64,8 @@ def ssd(losses, labels, overlaps, ratio=3, high=0.5):
 
     Ranked by the classification loss alone, no NMS; an image without a region of a class trains nothing.
     losses: (R,) classification losses, labels: (R,) integers, -1 ignored, overlaps: (R,); NumPy arrays.
-    Returns indices, int64: of a class, in order, then background, hardest first. Divide by the number of the former.
+    Returns indices, int64: of a class, in order, then background, hardest first (ties: the lower index). Divide by the number of the former.
+    Raises ValueError for shapes and for losses that are not finite, TypeError for dtypes.
     """
     op = "ohem.ssd"
     _regions(op, labels, overlaps)

@@ -6,7 +6,7 @@ from tinydet.backend import array_module, scalar
 
 
 def each(scores, deltas, labels, targets, beta=1.0, box_weight=1.0, gamma=0.0):
-    """The loss of every region, by which OHEM ranks them (ohem notes, sec. 1.4 and 2.1).
+    """The loss of every region (Fast R-CNN, Eq. 1 to 3), by which OHEM ranks them (ohem notes, sec. 1.4 and 2.1).
 
     L_r = -log softmax(scores[r])[u] + box_weight * [u < K] * sum_{i < 4} smooth_l1(deltas[r,u,i] - targets[r,i]),  u = labels[r];
     smooth_l1(d) = 0.5 d^2 / beta where |d| < beta, else |d| - 0.5 beta (beta = 1/sigma^2; the paper's is 1; 0 is pure L1).

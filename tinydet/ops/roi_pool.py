@@ -53,6 +53,7 @@ def backward(dy, cache):
     """dx: each dy[r,i,j,c] goes to the cell that won its bin; a cell adds up all it won, in order of (r, i, j) on every backend.
 
     Fast R-CNN, Eq. 4. RoI coordinates get no gradient. A RoI with y2 above y1 keeps its gradient, which Caffe's GPU code loses.
+    dy: (R, PH, PW, C), the dtype of y. Returns dx (N, H, W, C), same dtype, zeros for R = 0. Raises ValueError for a shape, TypeError for a dtype.
     """
     shape, dtype, argmax, bins = cache
     checks.gradient("roi_pool.backward", argmax.shape, dtype, dy)

@@ -34,7 +34,7 @@ def _argsort_numpy(keys, descending):
 
 
 # CUDA: kernels/sort.cu, one launch for up to 2048 keys, else 4 passes for 4-byte keys and 8 for 8-byte ones, of 3 launches each
-# (5 from 16 384 keys on)
+# (5 beyond 16 384 keys)
 
 def _argsort_cuda(keys, descending):
     n, size, floating = len(keys), keys.itemsize, keys.dtype.kind == "f"
