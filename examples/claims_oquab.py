@@ -2,7 +2,7 @@
 
 Source tasks: close-ups of shapes (near: those of the scenes; far: others; both, twice as many images) and items of fashion-mnist on clutter. Targets: embedded
 scenes, their given boxes one by one (scene-boxes: the action task), and playing-cards, of which weak runs see the image's labels alone. Rows B, D, E, F are those of the slides' table; A and C are other
-nets. AP of images and of one place an image and class, in points; the paper's figures are on VOC 2007 and 2012.
+nets. AP of images and of one place an image and class, in points; the paper's figures are on VOC 2012.
 """
 PROGRAM = "weak_localization.py"
 EMBEDDED = ("scenes", "scene-boxes")

@@ -33,7 +33,7 @@ from tinydet.ops import softmax_loss
 from tinydet.summary import summary
 
 # Notes, sec. 1 to 3; "action": PRE-1512U. The rate falls to a tenth after each third of the steps (three rounds). CHOICE: 30 epochs, where
-# the paper trains until the loss no longer falls; scratch: the net of --start random, the paper's NO PRETRAIN
+# the paper trains until the loss no longer falls, and batches that are drawn anew from all patches; scratch: --start random, its NO PRETRAIN
 PAPER = {"lambdas": list(oquab_patches.LAMBDAS), "overlap": 2 / 3, "background": 0.1, "lr": 0.01, "batch": 128, "dropout": 0.5, "k": 5.0,
          "epochs": 30, "scratch": image_level.SCRATCH}
 PRESETS = {"paper": PAPER, "action": {**PAPER, "patches": "boxes", "trains": "fc6"}}
@@ -84,6 +84,7 @@ class Patches:
 
 
 def tiles_of(args, example):
+    """(M, 4) float64: the patches of an example, pixels of its image."""
     return oquab_patches.tiles(*example.size, tuple(args.lambdas), args.overlap)
 
 
@@ -158,11 +159,12 @@ def look(args, net, patches, i):
 
 
 def heat(args, example, tiles, y, reduce=None):
+    """(H, W, K) float64: the map of an image from its tiles (M, 4) and what the net says of them, (M, K); reduce: that of --reduce if None."""
     return oquab_patches.heat_map(tiles, y, *example.size, reduce or args.reduce)
 
 
 def highest(maps):
-    """(K, 2): the middle of the first largest pixel of each class's map (H, W, K)."""
+    """(K, 2) float64, (x, y) in pixels: the middle of the first largest pixel, in row order, of each class's map (H, W, K)."""
     y, x = np.unravel_index(maps.reshape(-1, maps.shape[2]).argmax(0), maps.shape[:2])
     return np.stack([x, y], 1) + 0.5
 

@@ -33,7 +33,8 @@ from tinydet.models import oquab, oquab_weak
 from tinydet.ops import logistic_loss
 from tinydet.summary import summary
 
-# Notes, sec. 4.3: the released script's, but for its 3x3 adaptation layers (--adapt-kernel 3); scratch: the net of --start random
+# Notes, sec. 4.3: the released script's, but for its 3x3 adaptation layers (--adapt-kernel 3); scratch: the net of --start random.
+# CHOICE, with every setting: each batch is drawn anew from all images, so that epochs count steps and an image may be missed in one
 PRESETS = {"paper": {"frame": 500, "cached": 0, "batch": 16, "optimizer": "adagrad", "lr": 1e-3, "weight_decay": 5e-4, "dropout": 0.5, "epochs": 20,
                      "scratch": image_level.SCRATCH}}
 MEASURED = 100                      # images of the evaluation set that points of the curve look at
@@ -69,9 +70,10 @@ def arguments(argv=None):
 
 
 class Frames:
-    """Images as the net takes them: x(i) (side, side, 3), their boxes in pixels of the frame, and what is where.
+    """Images as the net takes them: of(i) is frame() of image i, x(indices) the frames alone, (N, side, side, 3), boxes(indices) in their pixels.
 
-    x is made each time it is asked for; the images themselves stay in memory, as data.Example keeps them.
+    signs: (images, K), what loss() takes: +1 there, -1 not there, 0 not known. Frames are made each time they are asked for; the images
+    themselves stay in memory, as data.Example keeps them.
     """
 
     def __init__(self, net, examples, side, K):
@@ -101,6 +103,7 @@ def features(args, net, frames, factors, put):
 
 
 def scales_of(args):
+    """The scales of the test: one where the frame is the window (--whole), else the six of the paper."""
     return (1,) if args.whole else SCALES
 
 

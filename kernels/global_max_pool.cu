@@ -3,7 +3,7 @@
 //
 // global_max_pool_forward   y[n,c] = max_p x[n,p,c] over the positions p < P that mask allows, argmax its p; the first wins a tie, the
 //   first NaN wins. With none allowed y is NaN, argmax -1. Block 32 x LANES: 32 channels of an image, each of the LANES takes every
-//   LANES-th position, then one the best of them; grid N * ceil(C / 32), static shared memory 6 or 12 KB.
+//   LANES-th position, then one the best of them; grid N * ceil(C / 32), static shared memory 4 (float) or 6 KB.
 //   mask: bool (N, P, M), M = C, or 1 where a channel serves all, or 0 where there is none and all are allowed.
 // global_max_pool_backward  dx[n,p,c] = dy[n,c] where p is argmax[n,c], else 0: one thread per element, grid ceil(N*P*C / 256)
 

@@ -6,6 +6,7 @@ background), or for whole images ("weak", K classes, no background). All fully c
 slides over images of any size from one window on (notes, sec. 4.1); on one window of 224 pixels they are the paper's.
 oquab_patches.py has the training and test of strong supervision, oquab_weak.py those of weak supervision.
 
+Sections of the paper are those of the report of November 2013 (HAL hal-00911179) for transfer: net and adaptation layers 3.1, recipe 4.
 The table is that of the authors' released code (notes, sec. 1): no grouped convolutions, floor pooling, ReLU -> LRN -> pool, LRN with
 k = 1 and alpha / n. Krizhevsky et al. write k = 2 and alpha undivided (unverified): Spec.lrn_k, Spec.divide_by_n.
 The convolutions are padded: a cell of the map sees 355 pixels and not 224, and equals the net on a crop of 224 pixels only where the
@@ -122,7 +123,10 @@ def parameters(table, outputs, head="source", adapt_kernel=1, width=1.0, adapt=N
 
 
 def multiply_adds(table, outputs, head="source", adapt_kernel=1, width=1.0, adapt=None, size=None):
-    """Multiply-adds of each layer, by name, for one image of size (H, W), default one window. Other arguments: rows."""
+    """Multiply-adds of each layer, by name, for one image of size (H, W) pixels, default one window. Other arguments: rows.
+
+    size**2 * Cin * Cout of the layer for each cell of its map; pooling, LRN, ReLU and biases count nothing. Raises as rows and sides.
+    """
     H, W = (dict(sides(table, side)) for side in size or (table.window, table.window))
     last = table.hidden[-1][0]
 
@@ -158,6 +162,7 @@ def fields(table, adapt_kernel=1):
     field: side of the receptive field; stride: pixels between neighbouring cells; first: the first pixel that cell 0 sees, below 0
     in the padding. A layer of size k, stride s and padding p before turns (field, stride, first) into
     (field + (k - 1) * stride, stride * s, first - p * stride). FC7 of the full nets: 355, 32, -66 (notes, sec. 4.1).
+    adapt_kernel: 1 or 3, as of rows; it is not checked here.
     """
     field, stride, first, found = 1, 1, 0, []
     adapt = adapt_kernel, 1, _pads(adapt_kernel // 2)
@@ -170,7 +175,9 @@ def fields(table, adapt_kernel=1):
 def centres(table, n, adapt_kernel=1):
     """(n,) float64: where the cells of a scores' map of side n look, in pixels of the image: step * i + first + field // 2.
 
-    32 i + 111 of the full nets (notes, sec. 4.1), 8 i + 16 of the small one; FCa and FCb of any kernel keep it.
+    32 i + 111 of the full nets (notes, sec. 4.1), 8 i + 16 of the small one; FCa and FCb of any kernel keep it. Of an even field
+    (small: 48) that is its middle. Of an odd one (355) it is the index of the middle pixel, whose own middle is 32 i + 111.5 where
+    pixels are continuous, as in oquab_weak.py: half a pixel less (CHOICE: the notes' number).
     """
     _, field, stride, first = fields(table, adapt_kernel)[-1]
     return stride * np.arange(n, dtype=np.float64) + first + field // 2
@@ -284,18 +291,19 @@ class Oquab(Sequential):
         self.parts = parts
 
     def normalise(self, images):
-        """uint8 images (N, H, W, 3), RGB, as the float array the net takes: (x - mean) / std."""
+        """uint8 images (N, H, W, 3), RGB, 0..255, as the array the net takes: (x - mean) / std, same shape, the net's dtype, on the host."""
         return (np.asarray(images, self.dtype) - self.dtype.type(self.spec.mean)) / self.dtype.type(self.spec.std)
 
     def __call__(self, x):
-        """The scores at test time, without the cache."""
+        """The scores of x at test time, without the cache. Shapes and errors: forward."""
         self._check("forward", x)
         return super().__call__(x)
 
     def forward(self, x, train=False, rng=None):
         """Scores of x (N, H, W, 3) at every cell, no softmax: (N, h, w, outputs), and cache. Sides: map_side, places: centres.
 
-        Raises ValueError where x holds no window.
+        x: float32 or float64, as normalise gives it. train: dropout, whose masks come from rng (a numpy Generator), in the parts that
+        are not frozen. Raises ValueError for another shape, where x holds no window, and for dropout without rng; TypeError for dtypes.
         """
         self._check("forward", x)
         caches = []
@@ -305,7 +313,7 @@ class Oquab(Sequential):
         return x, caches
 
     def features(self, x):
-        """Y7 (N, h, w, F) of x at test time: FC7 behind its ReLU, without dropout."""
+        """Y7 (N, h, w, F) of x at test time: FC7 behind its ReLU, without its dropout; F: units of FC7. Raises as forward."""
         self._check("features", x)
         return self.parts["features"](self.parts["trunk"](x))
 
@@ -318,10 +326,10 @@ class Oquab(Sequential):
 # What trains, and what is computed once
 
 def freeze(net, trains):
-    """Freeze all but what transfer trains (notes, sec. 2): make the optimiser after this. Returns the net.
+    """Freeze all but what transfer trains (paper of 2014, sec. 3.1, "fc6": sec. 4; notes, sec. 2): make the optimiser after this.
 
     trains: "head": trunk, FC6 and FC7 stay (FCa and FCb train; of a source net FC8). "fc6": FC6 trains too, trunk and FC7 stay
-    (PRE-1512U, actions). "all": nothing stays. Raises ValueError for another name.
+    (PRE-1512U, actions). "all": nothing stays. Returns the net. Raises ValueError for another name.
     """
     _known("freeze", trains)
     net.freeze(False)
@@ -334,7 +342,7 @@ def freeze(net, trains):
 def frozen_part(net, x, trains):
     """What rest(net, trains) takes, of x (N, H, W, 3), at test time: "head": Y7; "fc6": the trunk's map; "all": x itself.
 
-    It may be kept from one step to the next. Raises ValueError as freeze and net.forward.
+    It may be kept from one step to the next. Raises as freeze and net.forward.
     """
     _known("frozen_part", trains)
     net._check("forward", x)

@@ -6,7 +6,8 @@ one factor drawn from TRAIN_SCALES for each batch, net.forward, loss(), net.back
 what is there, combined() and locate() for where; boxes() for its extent.
 
 Pixels are continuous: the middle of pixel j is j + 0.5. A cell of the map stands for its centre, 32 i + 111 pixels of the net's
-input (full net; 8 i + 16 small), divided by the factor (notes, sec. 4.6). It also sees what lies around, padding included: a
+input (full net, half a pixel less than the middle of its field; 8 i + 16 small), divided by the factor (notes, sec. 4.6; more in
+oquab.centres). It also sees what lies around, padding included: a
 cell's score is not that of the window cut out. Frames are as wide as high, so that one factor goes for both sides.
 
 Unverified, from memory of the paper: frames, masked pooling, the location metric; the boxes are ours, a plain rule where the
@@ -117,7 +118,10 @@ def masks(net, side, factor, size, boxes, labels, K):
 
 
 def _centres(op, net, side, factor, n):
-    """Centres of the n cells of a map, in pixels of the frame before it was rescaled. Raises ValueError unless the map has n."""
+    """Centres (n,) of the n cells of a map, in pixels of the frame before it was rescaled. Raises ValueError unless the map has n.
+
+    They are divided by what the rounded side really is, not by the factor.
+    """
     pixels = _rescaled_side(op, side, factor, net.table.window)
     if n != (cells := oquab.map_side(net.table, pixels)):
         raise ValueError(f"{op}: maps of a frame of {side} pixels at scale {factor:g} must have {cells} cells a side, got {n}")
@@ -127,7 +131,7 @@ def _centres(op, net, side, factor, n):
 # Test (notes, sec. 4.4)
 
 def look(net, x, scales=SCALES):
-    """The maps of a frame x (side, side, 3) at every scale: a list of (h, w, K) float64, raw scores, on the host.
+    """The maps of a frame x (side, side, 3), on the host, at every scale: a list of (h, w, K) float64, raw scores, on the host.
 
     Row D of the results, "full images", not slid over (notes, sec. 4.5; unverified): a frame of net.table.window, scales (1,).
     Raises ValueError without scales, and as rescaled.
@@ -139,7 +143,10 @@ def look(net, x, scales=SCALES):
 
 
 def scores(maps):
-    """(K,) score of every class: the max of each map, averaged over the scales; raw scores, not probabilities (notes, sec. 4.4)."""
+    """(K,) float64, the score of every class: the max of each map, averaged over the scales (notes, sec. 4.4).
+
+    maps: of look(), at least one. Raw scores, not probabilities: their mean is taken before any sigmoid.
+    """
     return np.mean([m.max((0, 1)) for m in maps], 0)
 
 

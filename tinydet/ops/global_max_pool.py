@@ -33,7 +33,10 @@ def forward(x, mask=None):
 
 
 def backward(dy, cache):
-    """dx: dy[n,c] at the position that won, zero elsewhere: one position an image and channel learns. dy: (N, C)."""
+    """dx (N, H, W, C): dy[n,c] at the position that won, zero elsewhere: one position an image and channel learns.
+
+    dy: (N, C), the dtype of x, as dx. Raises ValueError for another shape, TypeError for another dtype.
+    """
     shape, argmax, dtype = cache
     checks.gradient("global_max_pool.backward", argmax.shape, dtype, dy)
     return pick(dy, numpy=_backward_numpy, cuda=_backward_cuda)(dy, shape, argmax)

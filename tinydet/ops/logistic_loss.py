@@ -11,7 +11,7 @@ def loss(x, labels, *, signed):
     value = 1/R sum_{r,k} log(1 + exp(-t[r,k] * x[r,k])), dx = -t * sigmoid(-t * x) / R; sigmoid(x) is the probability of t = +1.
     x: (R, K) float32 or float64: scores, no sigmoid. labels: (R, K) integers. signed=True: +1 yes, -1 no, 0 counts nowhere;
     signed=False: 1 yes, 0 no, -1 counts nowhere. There is no default: 0 means one thing in the one and another in the other.
-    R divides whatever is ignored (the released code divides by the batch).
+    R divides whatever is ignored (the released code divides by the batch). A NaN in x that counts makes the value and its dx NaN.
     Returns a Python float (on a GPU a 0-d float64 array there) and dx (R, K), same dtype; 0.0 for no rows.
     Large scores do not overflow: x = -800, t = +1 gives 800.
     Raises ValueError for shapes and other labels, TypeError for dtypes. A GPU does not look at the labels before: as int8, which

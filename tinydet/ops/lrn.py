@@ -35,7 +35,10 @@ def forward(x, size=5, alpha=1e-4, beta=0.75, k=1.0, divide_by_n=True):
 
 
 def backward(dy, cache):
-    """dx_c = dy_c * s_c^(-beta) - 2 * a * beta * x_c * sum_{|j - c| <= size//2} dy_j * x_j * s_j^(-beta - 1)."""
+    """dx_c = dy_c * s_c^(-beta) - 2 * a * beta * x_c * sum_{|j - c| <= size//2} dy_j * x_j * s_j^(-beta - 1).
+
+    dy: (N, H, W, C), the shape and dtype of x, as dx. Raises ValueError for another shape, TypeError for another dtype.
+    """
     x = cache[0]
     checks.same_shape("lrn.backward", x.shape, dy=dy)
     checks.same_dtype("lrn.backward", x=x, dy=dy)
