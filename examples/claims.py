@@ -743,7 +743,7 @@ def is_ap(metric):
 
 def unit(metric):
     """Factor and format in which a metric is shown: APs and errors in points."""
-    return (100, ".1f") if metric == "AP50" or is_ap(metric) or is_error(metric) else (1, ".4g")
+    return (100, ".1f") if metric.endswith("AP50") or is_ap(metric) or is_error(metric) else (1, ".4g")
 
 
 def shown(value, scale, form):

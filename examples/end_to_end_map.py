@@ -7,10 +7,11 @@
     python examples/end_to_end_map.py --data FOLDER --weights runs/NAME/weights.npz --name cells        # a run of examples/ohem.py
     python examples/end_to_end_map.py --trains all --batch 64       # the trunk, too; of the caches only one image's are in memory
 
-The loss is 1 - mAP of a batch of images, ranked together, each class after NMS in each image. The detector is as good at step 0 as the net that it
-starts from, but for --scores raw, which ranks by other numbers than softmax. A rate that is too high loses whole classes within some steps.
-Without --weights the net is trained first, by
-examples/ohem.py --sampler random, in <out>/softmax, or softmax-FOLDER. With --trains head the maps of the trunk are computed once and kept.
+The loss is 1 - mAP of a batch of images, ranked together, each class after NMS in each image. At step 0 the detector is the net that it starts from,
+but tested as the loss sees it, whatever --loss: the --candidates best windows of each class in an image, however low their scores, go into NMS,
+without iteration; and --scores raw ranks by other numbers than softmax. A rate that is too high loses whole classes within some steps.
+Without --weights the net is trained first, by examples/ohem.py --sampler random, in <out>/softmax, or softmax-FOLDER. With --trains head the maps of
+the trunk are computed once and kept, up to a gigabyte of them.
 
 Everything goes to runs/<name>/: config.json, metrics.jsonl, checkpoint.npz, weights.npz (for examples/detect.py), detections.json, results.json,
 loss.png, precision_recall.png, detections.png, false_positives/, and
@@ -39,7 +40,7 @@ def arguments(argv=None):
     a = parser.add_argument
     common.add_arguments(parser, "map")
     a("--weights", metavar="FILE", help="weights.npz of examples/ohem.py (default: trained first)")
-    a("--loss", choices=("map", "softmax"), default="map", help="softmax: further updates of Fast R-CNN, on the same batches (%(default)s)")
+    a("--loss", choices=("map", "softmax"), default="map", help="softmax: further updates of Fast R-CNN, on the same images (%(default)s)")
     a("--estimator", choices=("sde", "env"), default="sde", help="the pseudo-gradient: a finite step, or the linear envelope (%(default)s)")
     a("--delta", type=float, help="half the finite step, in units of the scores (default: --kappa standard deviations of a class's candidates)")
     a("--kappa", type=float, default=1.0, help="(%(default)s)")

@@ -4,7 +4,8 @@
 // (no fused multiply-add: a last bit decides at the thresholds)
 //
 // c classes of K candidates each: image by image (start), best first in each, at most 256 to an image; `words` of 64 bits hold a set
-// of them. A thread each, blocks of 256, no shared memory; the loops are those of map_loss.py.
+// of them. A thread each, blocks of 256, no shared memory; the loops are those of map_loss.py, but for its shortcut for a kept window without
+// neighbours within the step: here each such window has its NMS anew.
 //
 // map_loss_overlaps   of a candidate: near, the others of its image with IoU > nms; gt, the object that it overlaps most, as a number
 //                     within class and image, -1 below `match`, -2 if that is difficult
@@ -61,6 +62,7 @@ static __device__ void clear(Bits* set)
         set[w] = 0;
 }
 
+// NMS of an image's candidates but those gone; both sets are written
 static __device__ void greedy(const Bits* near, int words, int first, int end, Bits* gone, Bits* kept)
 {
     clear(kept);
@@ -72,11 +74,13 @@ static __device__ void greedy(const Bits* near, int words, int first, int end, B
         }
 }
 
+// whether a window of score v in that row ranks above candidate j
 static __device__ bool above(double v, int row, const Ranking& k, int j)
 {
     return v > k.score[j] || (v == k.score[j] && row < k.row[j]);
 }
 
+// one TP more, number k at that rank, in a walk from the last to the first; best: precision there or below
 static __device__ void add(int k, int rank, int P, int mode, double& best, double& total)
 {
     double precision = (double)k / rank;
@@ -109,6 +113,7 @@ static __device__ double walk(const int* tops, int K, int P, int mode, const int
     return total / (mode == 2 ? 11 : P);
 }
 
+// how many entries of the list lie above (v, row)
 static __device__ int rank_of(const Ranking& k, double v, int row)
 {
     int low = 0, high = k.entries[k.K];
@@ -160,6 +165,7 @@ static __device__ int states(const Ranking& k, int first, int end, int i, Sets& 
     return -1;
 }
 
+// slope of the finite step
 static __device__ double difference(const Ranking& k, int first, int end, int i, double now, double delta, Sets& s)
 {
     const Bits* near = k.near + i * k.words;
@@ -183,6 +189,7 @@ static __device__ double difference(const Ranking& k, int first, int end, int i,
     return (value(k, first, end, s.on, i, high, row, s) - down) / (2 * delta);
 }
 
+// slope of the envelope: one walk up the list and one down, from i's place
 static __device__ double envelope(const Ranking& k, int first, int end, int i, double now, double reach, double least, Sets& s)
 {
     int blocker = states(k, first, end, i, s), g = k.gt[i], row = k.row[i], length = k.entries[k.K];

@@ -792,7 +792,7 @@ def test_a_ranking_is_kept_as_it_is_read(tmp_path):
 
 def test_aps_and_errors_in_points():
     """What a metric's name says of it; the curve of AP-loss's batches is no figure of a claim, and a detector's table does not tell of it."""
-    assert [claims.unit(metric) for metric in ("AP50", "class_ap", "top1_error")] == [(100, ".1f")] * 3
+    assert [claims.unit(metric) for metric in ("AP50", "curve.-1.train AP50", "class_ap", "top1_error")] == [(100, ".1f")] * 4
     assert [claims.unit(metric) for metric in ("all_loss", "apple", "ap")] == [(1, ".4g")] * 3
 
     def line(*metrics):

@@ -29,7 +29,8 @@ class Objective:
         map_weight * L_mAP + box_weight * smooth L1 + softmax_weight * cross-entropy + score_weight * mean of the candidates' s^2
 
     scores: by what windows rank, see ranking_scores; the pseudo-gradient goes through its Jacobian. estimator to match: as map_loss.loss. clip: limit
-    of the norm of L_mAP's gradient by the outputs of the whole batch, None for no limit.
+    of the norm of L_mAP's gradient by the outputs of the whole batch, before map_weight, None for no limit. s are the outputs, background left out,
+    whatever ranks.
     centre: take the mean over a class's candidates off its pseudo-gradient. AP stays where all scores of a class move together, so that a gradient
     of it would sum to 0 over them; the pseudo-gradients, each of one window moved alone, do not: most candidates are false ones that mostly do
     harm, and are pushed down together. With large steps and high rates the true ones go with them. In return those without a pseudo-gradient
@@ -96,7 +97,8 @@ class View(NamedTuple):
 def view(spec, size, proposals, boxes, labels, difficult, x=None, maps=None):
     """A View: windows and objects as fast_rcnn.training_image gives them (with jitter=0), and either x or maps.
 
-    Windows are those that there will be at test time: the objects' own boxes are none (notes, sec. 5, item 7). Raises as fast_rcnn.label.
+    Windows are those that there will be at test time: the objects' own boxes are none (notes, sec. 5, item 7). Raises as fast_rcnn.label, and
+    ValueError unless there is one of x and maps.
     """
     if (x is None) == (maps is None):
         raise ValueError(f"fast_rcnn_map.view: there must be either x or maps, got {'neither' if x is None else 'both'}")
@@ -106,7 +108,7 @@ def view(spec, size, proposals, boxes, labels, difficult, x=None, maps=None):
 def freeze(net, trains):
     """Let the "head" alone train, or "all" layers but batch norm, which keeps its averages: a batch comes image by image. Returns the net.
 
-    What was frozen before, such as the first layers of a pretrained net, trains with "all".
+    What was frozen before, such as the first layers of a pretrained net, trains with "all". Raises ValueError for another word.
     """
     if trains not in TRAINS:
         raise ValueError(f"fast_rcnn_map.freeze: trains must be one of {', '.join(TRAINS)}, got {trains!r}")
@@ -135,7 +137,10 @@ def step(net, views, objective, seed=(0,)):
 # The two passes
 
 def outputs(net, views, objective, seed):
-    """The first pass: scores (n, K + 1) and deltas (n, 4 * (K + 1)) of the regions of all views, in order; nothing else is kept."""
+    """The first pass: scores (n, K + 1) and deltas (n, 4 * (K + 1)) of the regions of all views, in order; nothing else is kept.
+
+    Raises ValueError for an empty batch and for kept maps of a trunk that trains.
+    """
     if not views:
         raise ValueError("fast_rcnn_map.step: there must be at least one image, got none")
     if not net.parts["trunk"].frozen and any(v.x is None for v in views):
@@ -152,7 +157,7 @@ def outputs(net, views, objective, seed):
 
 
 def backward(net, views, dscores, ddeltas, objective, seed):
-    """The second pass: every view forward again and backward. Returns how many regions.
+    """The second pass: every view forward again and backward. Gradients add up in `net.grads`. Returns how many regions went backward.
 
     A region without gradient is left out; with dropout none is, for the masks belong to the rows.
     """
@@ -191,7 +196,8 @@ def _maps(net, v, rng):
 def loss(net, scores, deltas, views, objective):
     """The terms of the objective for what the net says of all regions, (n, K + 1) and (n, 4 * (K + 1)): values, dscores, ddeltas.
 
-    The boxes that NMS and matching see follow from deltas, cut at the image, and get no gradient of it (notes, sec. 1).
+    values: what step() tells but "rows"; dscores, ddeltas: shapes and dtypes of scores and deltas.
+    The boxes that NMS and matching see follow from deltas, cut at the image, and get no gradient of it (notes, sec. 1). Raises as map_loss.loss.
     """
     K, xp, dtype = net.spec.background, array_module(scores), scores.dtype
     labels, targets = (np.concatenate([getattr(v.regions, name) for v in views]) for name in ("labels", "targets"))

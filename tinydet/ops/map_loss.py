@@ -40,7 +40,8 @@ def loss(scores, boxes, images, gt_boxes, gt_labels, gt_images, gt_difficult=Non
     scores: (n, C), float32 or float64, any numbers that rank, no background. boxes: (n, 4), or (n, C, 4), a box for each class; CHOICE:
     constants, without pseudo-gradient. images: (n,) integers; gt_boxes (G, 4) of boxes' dtype, gt_labels (G,) in 0..C-1, gt_images
     (G,), gt_difficult (G,) bool or None: these four and images on the host. Objects in images without windows count in P.
-    delta, reach, least: in units of the scores; None: kappa, 3 and 0.2 standard deviations of the class's candidates, at least 1e-3.
+    delta, reach (the notes' D; inf is allowed), least (their d0): in units of the scores; None: kappa, 3 and 0.2 standard deviations of the
+    scores of the class's candidates, over all images, at least 1e-3.
     plus_one: inclusive pixels (boxes.py).
     Returns a Python float (on a GPU a 0-d array there) and dscores, scores' shape and dtype; inner work in float64. Exactly 0 for
     windows that are no candidates, for classes that the mean leaves out, and where no step is in reach. No class has an object that
@@ -75,7 +76,7 @@ def loss(scores, boxes, images, gt_boxes, gt_labels, gt_images, gt_difficult=Non
 
 def average_precisions(scores, boxes, images, gt_boxes, gt_labels, gt_images, gt_difficult=None, *, nms=0.3, match=0.5, most=100,
                        ap="prec", plus_one=False):
-    """What the loss averages, for a log: (aps, kept, flags).
+    """AP of each class, as the loss averages it, and what became of each window, to be told or drawn: (aps, kept, flags).
 
     aps: (C,) float64, AP of each class, NaN where no object counts. kept: (n, C) bool, what NMS keeps, False for such classes. flags:
     (n, C) int8, 1 true positive, 0 false, -1 what does not count (not kept, on a difficult object, of such a class).
@@ -150,7 +151,7 @@ def _positive(op, **widths):
 
 
 def _widths(batch, delta, kappa, reach, least):
-    """delta, reach and least of each class, (c, 3), where None is given from the standard deviation of its candidates."""
+    """delta, reach and least of each class, (c, 3) float64; those given as None from the standard deviation of its candidates' scores."""
     xp = array_module(batch.score)
     sigma = xp.sqrt(batch.score.var(1)) if batch.score.shape[1] else xp.zeros(len(batch.present))
     return xp.stack([xp.maximum(factor * sigma, LEAST) if width is None else xp.full(len(sigma), float(width))
@@ -160,29 +161,33 @@ def _widths(batch, delta, kappa, reach, least):
 # Candidates, by array code that serves all backends
 
 class Batch(NamedTuple):
-    """c classes with objects that count, K candidates each: image by image, as many of each for all classes, best first."""
+    """c classes with objects that count, K candidates each: image by image, as many of each for all classes, best first in each.
+
+    An image is one that has windows, by its place 0..I-1 among their numbers in rising order.
+    """
 
     present: np.ndarray         # (c,) which classes, on the host
     columns: np.ndarray         # the same, where the scores lie
     P: np.ndarray               # (c,) int32 objects that count
     start: np.ndarray           # (I + 1,) int32 where the candidates of each image begin
-    image: np.ndarray           # (K,) int32 which image, 0..I-1
+    image: np.ndarray           # (K,) int32 which image
     longest: int                # most candidates of an image
     objects: int                # most objects of a class in an image
-    rows: np.ndarray            # (c, K) int32 rows of scores
+    rows: np.ndarray            # (c, K) int32 rows of what loss() was given
     score: np.ndarray           # (c, K) float64
-    box: np.ndarray             # (c, K, 4)
+    box: np.ndarray             # (c, K, 4) in the dtype of the boxes given, as are nms, match and one
     ranked: np.ndarray          # (c, K) int32 candidates best first, all images together
-    gt_box: np.ndarray          # (G, 4) by class, then image
-    gt_start: np.ndarray        # (c * I + 1,) int32
-    hard: np.ndarray            # (G,) uint8
+    gt_box: np.ndarray          # (G, 4) objects of these classes in these images, difficult ones too, by class, then image
+    gt_start: np.ndarray        # (c * I + 1,) int32 where those of class k in image i begin, at k * I + i
+    hard: np.ndarray            # (G,) uint8, 1: difficult
     nms: float
     match: float
-    one: float
-    mode: int
+    one: float                  # plus_one: 0 or 1 pixel
+    mode: int                   # place in MODES
 
 
 def _arrange(op, scores, boxes, images, truth, nms, match, most, ap, plus_one):
+    """Check the arguments of loss(); the candidates as a Batch. truth: gt_boxes, gt_labels, gt_images, gt_difficult."""
     xp, (gt_boxes, gt_labels, gt_images, gt_difficult) = array_module(scores), truth
     checks.float_array(op, "scores", scores, "(n, C)")
     n, C = scores.shape
@@ -214,7 +219,7 @@ def _arrange(op, scores, boxes, images, truth, nms, match, most, ap, plus_one):
     present = np.flatnonzero(P)
     c, (names, image) = len(present), np.unique(images, return_inverse=True)
     I, count = len(names), np.bincount(image, minlength=len(names))
-    if max(c, 10) * n >= 2**31:
+    if max(c, 10) * n >= 2**31:                                     # the kernels count 9 * place and 10 * TPs in 32 bits
         raise ValueError(f"{op}: scores must have fewer than 2^31 entries (10 columns at least), got {n} rows, {c} classes with objects")
     sizes = np.minimum(count, most)
     start, K = np.concatenate([[0], np.cumsum(sizes)]), int(sizes.sum())
@@ -250,6 +255,7 @@ def _arrange(op, scores, boxes, images, truth, nms, match, most, ap, plus_one):
 # The reference (notes, sec. 4.1 to 4.3)
 
 def _run_numpy(batch, widths, env):
+    """aps (c,); kept, flags as average_precisions() has them, and slopes g, (c, K) each, g 0 where widths is None. So do the other two."""
     shape = batch.rows.shape
     aps, kept, flags, g = np.zeros(shape[0]), np.zeros(shape, bool), np.full(shape, -1), np.zeros(shape)
     for c, order in enumerate(batch.ranked):
@@ -286,6 +292,7 @@ class _Class:
         self.listed, self.hit = self.flags(np.flatnonzero(self.kept))
 
     def greedy(self, members):
+        """Those that NMS keeps of members, which are best first."""
         gone, kept = np.zeros(len(self.near), bool), []
         for j in members:
             if not gone[j]:
@@ -301,6 +308,7 @@ class _Class:
         return members, hit & (self.gt[members] >= 0)
 
     def average(self, hit):
+        """AP of a ranking, of which hit, (M,) bool, tells the TPs."""
         k = np.arange(1, hit.sum() + 1)
         precision = k / (np.flatnonzero(hit) + 1)
         if self.mode == 0:
@@ -312,6 +320,7 @@ class _Class:
         return best[first[first < len(k)]].sum() / 11
 
     def above(self, v, row, j):
+        """Whether a window of score v in that row ranks above candidate j."""
         return v > self.score[j] or (v == self.score[j] and row < self.row[j])
 
     def rank(self, members, v, row):
@@ -336,12 +345,14 @@ class _Class:
         return within.all() if self.hit[np.searchsorted(self.listed, i)] else not within.any()
 
     def difference(self, i, delta, reach, least):
+        """The slope of the finite step (notes, sec. 3.1); reach and least have no part."""
         if self.skips(i, delta):
             return 0.0
         f, s, row = self.moved(i), self.score[i], self.row[i]
         return (f(s + delta, row) - f(s - delta, row)) / (2 * delta)
 
     def envelope(self, i, delta, reach, least):
+        """The slope of the envelope (notes, sec. 3.2); delta has no part."""
         return sum(self.lines(i, delta, reach, least)) / 2
 
     def lines(self, i, delta, reach, least):
@@ -356,7 +367,10 @@ class _Class:
 
 
 class _Profile:
-    """f_i, by the two-state theorem: i is suppressed below its blocker; above that the others kept are always the same."""
+    """f_i, by the two-state theorem (notes, sec. 4.1 and 4.2): i is suppressed below its blocker; above that the others kept are always the same.
+
+    below: AP while it is suppressed; values[r]: AP while r of the others that count lie above it.
+    """
 
     def __init__(self, one, i):
         mine = np.flatnonzero((one.image == one.image[i]) & (np.arange(len(one.row)) != i))
@@ -397,7 +411,7 @@ class _Profile:
 # Numba and CUDA: the edit form (notes, sec. 4.4). A class has a list: of the kept windows of all images those that count, best first.
 # place: how many of it lie above a candidate; tops: the places of its TPs. Another score of i changes what is kept in its own image
 # alone. Each difference from the list is an edit, 9 * place + 3 * (dp + 1) + dk + 1, from where on there are dp entries and dk TPs more,
-# -1, 0 or 1. AP follows from the places of the TPs and the edits above each.
+# -1, 0 or 1. AP follows from the places of the TPs and the edits above each. Sets of windows (on, off, gone) are of one image, from its first.
 
 def _lists(batch, flags):
     """place (c, K); tops (c, K + 1), last in each line their number; entries (c, K + 1), the list and its length likewise."""
@@ -484,6 +498,7 @@ def _label(box, start, gt_box, gt_start, hard, objects, nms, match, one, near, g
 
 @_inner
 def _greedy(near, first, end, gone, kept):
+    """NMS of an image's candidates but those gone; both sets are written."""
     for j in range(end - first):
         kept[j] = not gone[j]
         if kept[j]:
@@ -493,6 +508,7 @@ def _greedy(near, first, end, gone, kept):
 
 @_inner
 def _above(v, row, k, j):
+    """Whether a window of score v in that row ranks above candidate j."""
     return v > k.score[j] or (v == k.score[j] and row < k.row[j])
 
 
@@ -521,6 +537,7 @@ def _walk(tops, P, mode, edits, count):
 
 @_inner
 def _add(k, rank, P, mode, best, total):
+    """One TP more, number k at that rank, in a walk from the last to the first; best: precision there or below."""
     precision = k / rank
     if mode == 0:
         return best, total + precision
@@ -556,7 +573,7 @@ def _value(k, first, end, others, i, v, row, edits, claimed):
             hit = g >= 0 and not claimed[g]
             if g >= 0:
                 claimed[g] = True
-            edits[count] = 9 * _rank(k, v, row) + 7 + hit
+            edits[count] = 9 * _rank(k, v, row) + 7 + hit           # dp = 1, dk = hit
             count += 1
         if j < end:
             flag, g = -1, k.gt[j]
@@ -573,7 +590,7 @@ def _value(k, first, end, others, i, v, row, edits, claimed):
 
 @_inner
 def _states(k, first, end, i, on, off, gone):
-    """on: the others kept while i is kept, off: while it is not. Returns the blocker, -1 if there is none."""
+    """on: the others kept while i is kept, off: while it is not (K1 and K0 of the notes, sec. 4.1). Returns the blocker, -1 if there is none."""
     again, same = (off, on) if k.kept[i] else (on, off)
     for l in range(end - first):
         gone[l], same[l] = k.near[i, l] and not k.kept[i], k.kept[first + l]
@@ -587,6 +604,7 @@ def _states(k, first, end, i, on, off, gone):
 
 @_inner
 def _difference(k, first, end, i, now, delta, on, off, gone, edits, claimed):
+    """The slope of the finite step. Of the notes' skips (sec. 4.3) those of NMS: what stays suppressed, or has no neighbour within the step."""
     s, row, g = k.score[i], k.row[i], k.gt[i]
     high, low = s + delta, s - delta
     if not k.kept[i]:
@@ -617,8 +635,11 @@ def _difference(k, first, end, i, now, delta, on, off, gone, edits, claimed):
 
 @_inner
 def _envelope(k, first, end, i, now, reach, least, on, off, gone, edits, claimed):
-    """One walk up the list and one down, from i's place: "prec" changes by what a swap with each entry does to AP."""
-    s, g, K, total = k.score[i], k.gt[i], len(k.score), 0.0
+    """The slope of the envelope, by one walk up the list and one down, from i's place: "prec" changes by what a swap with each entry does.
+
+    A TP of rank r + 2, with h TPs above it, that passes the FP of rank r + 1 adds (h + 1) * (1 / (r + 1) - 1 / (r + 2)) / P to AP.
+    """
+    s, g, total = k.score[i], k.gt[i], 0.0
     blocker = _states(k, first, end, i, on, off, gone)
     v, row, f0 = s, k.row[i], now
     if not k.kept[i]:                                               # nothing happens below the blocker: from just above it
