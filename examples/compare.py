@@ -37,7 +37,7 @@ import tinydet
 from tinydet import coco, data, draw, evaluate, evaluate_classification, files, train
 
 # The budget of a net
-MEGAPIXELS = {"scenes": 80, "bccd": 160, "apple-orchard": 240, "playing-cards": 320}
+MEGAPIXELS = {"scenes": 160, "bccd": 160, "apple-orchard": 160, "playing-cards": 320}
 
 # {data set: (pixels of a step, options)}
 OVERFEAT = {"scenes": (32 * 72**2, ["--window", "24"]), "bccd": (32 * 96**2, ["--window", "32"]),
