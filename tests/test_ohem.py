@@ -4,9 +4,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
-from conftest import BACKENDS, seeds
+import fake_cupy
 from tinydet import to_numpy, use
 from tinydet.ops import boxes as box_ops, ohem
+
+from conftest import BACKENDS, seeds
 
 
 def by_definition(losses, boxes, labels, batch, threshold, per_label):
@@ -101,6 +103,14 @@ def test_wrong_arguments():
             ohem.random(labels, losses / 3, **{"batch": 4, "rng": np.random.default_rng(0), **options})
     with pytest.raises(ValueError, match=r"^ohem\.ssd: losses must be finite"):
         ohem.ssd(losses * np.nan, labels, losses / 3)
+
+
+def test_a_loss_that_is_not_finite_is_seen_on_a_gpu_too():
+    losses, boxes, labels = F5
+    with fake_cupy.installed(), use("cuda") as put:
+        for bad in (np.nan, np.inf):
+            with pytest.raises(FloatingPointError, match=rf"^ohem\.select: losses must be finite, got {bad}"):
+                ohem.select(put(np.where(np.arange(8) == 3, bad, losses)), put(boxes), put(labels), 2, None)
 
 
 # What it is compared with

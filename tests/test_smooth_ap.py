@@ -125,3 +125,16 @@ def test_no_positive_or_no_negative_gives_zeros(backend, labels):
 def test_errors(change, error, message):
     with pytest.raises(error, match=r"^smooth_ap\.smooth_ap: " + message):
         smooth_ap(**{**dict(scores=np.zeros(2), labels=np.zeros(2, int)), **change})
+
+
+def test_a_delta_lost_in_rounding_is_refused():
+    """1000 scores of spread 20 need 4e-6; above that the value is AP-loss's, and entries that count nowhere do not matter."""
+    rng = np.random.default_rng(0)
+    scores, labels = rng.uniform(-10, 10, 1000), rng.integers(-1, 2, 1000)
+    for delta in (1e-100, 1e-18, 4e-6):
+        with pytest.raises(ValueError, match=rf"^smooth_ap\.smooth_ap: delta must be at least 4\.4e-06 for 1000 scores of this spread, got {delta:g}: "):
+            smooth_ap(scores, labels, delta)
+    assert_allclose(smooth_ap(scores, labels, 5e-6)[0], ap_loss(scores, labels, 5e-6, False)[0], atol=1e-6)
+    far = np.where(labels < 0, 1e9, scores)
+    assert_allclose(smooth_ap(far, labels, 5e-6)[0], ap_loss(scores, labels, 5e-6, False)[0], atol=1e-6)
+    assert smooth_ap(np.full(4, 7.0), np.array([1, 0, 0, 1]), 1e-100)[0] == ap_loss(np.full(4, 7.0), np.array([1, 0, 0, 1]), 0.0, False)[0]

@@ -449,7 +449,7 @@ def batch(net, images):
     return augment.in_corner(images, H, W, net.normalise, net.dtype)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Testing:
     """How detections are made (ohem notes, sec. 1.9). short, longest: scales, each region at the one where its area is nearest 224^2 (`near`).
 

@@ -472,7 +472,7 @@ def batch(net, images, multiple=1):
     return augment.in_corner(images, H, W, net.normalise, net.dtype)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Testing:
     """How detections are made (notes, sec. 5). short, longest: of the image in pixels; multiple: its sides are filled up to one.
 

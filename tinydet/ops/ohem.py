@@ -16,8 +16,8 @@ def select(losses, boxes, labels, batch, threshold=0.7, per_label=True, plus_one
     (ignored: at a difficult object) is never chosen and drops no other.
     Returns the indices chosen, int64, hardest first, min(batch, survivors) of them; equal losses in order of index. R = 0 gives none.
     Raises FloatingPointError for a loss that is not finite (sorting would hide it), ValueError for shapes, a threshold out of range and a batch
-    below 1, TypeError for dtypes. On a GPU, where losses are not looked at, nms raises ValueError for one that is not finite, and with
-    threshold=None nothing does; the number chosen is read there, once.
+    below 1, TypeError for dtypes. On a GPU losses are looked at together with the number chosen, which is read once, and where nms chooses
+    it raises ValueError first.
     """
     op = "ohem.select"
     checks.float_array(op, "losses", losses)
@@ -26,8 +26,9 @@ def select(losses, boxes, labels, batch, threshold=0.7, per_label=True, plus_one
     checks.integers(op, "labels", labels, (len(losses),))
     checks.whole(op, 1, batch=batch)
     xp = array_module(losses)
-    if checks.on_host(losses) and not np.isfinite(losses).all():
-        raise FloatingPointError(f"{op}: losses must be finite, got {losses[~np.isfinite(losses)][0]}: lower the learning rate or check the data")
+    bad = ~xp.isfinite(losses)
+    if checks.on_host(losses):
+        _refuse(op, bad.sum(), losses[bad])
     ignored = labels < 0
     scores = xp.where(ignored, losses.dtype.type(-1), losses)           # behind all others: a loss is at least 0
     groups = labels if per_label else ignored                           # those ignored meet each other alone
@@ -35,7 +36,14 @@ def select(losses, boxes, labels, batch, threshold=0.7, per_label=True, plus_one
         chosen = sort.argsort(scores, descending=True)[:batch].astype(np.int64)
     else:
         chosen = nms.nms(boxes, scores, threshold, plus_one=plus_one, limit=batch, groups=groups.astype(np.int64))
-    return chosen[:int(to_numpy((~ignored[chosen]).sum()))]
+    found, wrong = to_numpy(xp.stack([(~ignored[chosen]).sum(), bad.sum()]))
+    _refuse(op, wrong, losses[bad] if wrong else None)
+    return chosen[:int(found)]
+
+
+def _refuse(op, wrong, bad):
+    if wrong:
+        raise FloatingPointError(f"{op}: losses must be finite, got {float(bad[0])}: lower the learning rate or check the data")
 
 
 def random(labels, overlaps, batch, rng, fraction=0.25, low=0.1, high=0.5):

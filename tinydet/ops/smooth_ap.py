@@ -19,19 +19,22 @@ def smooth_ap(scores, labels, delta=1.0):
     scores: any shape, float32 or float64: raw logits. labels: same shape, integers: 1, 0, and -1 for entries that count nowhere.
     delta: from 1e-100 to 1e100, in units of the scores. At a corner of H the slope is 0.
     Returns a Python float (on a GPU a 0-d float64 array there) and g, scores' shape and dtype; inner work in float64, off by some
-    2^-52 * entries * (spread of the scores) / delta: where that is not far below 1, value and g are noise, which nothing refuses (1000
-    scores of spread 20, delta 1e-18: 0.24 in place of 0.94; ap_loss.ap_loss has no such limit). No positive, or no negative: 0.0 and
-    zeros. Adding the same number to all scores changes nothing, so g adds up to 0.
+    2^-52 * entries * (spread of the scores) / delta, which must be at most 1e-6 (ap_loss.ap_loss has no such limit). No positive, or
+    no negative: 0.0 and zeros. Adding the same number to all scores changes nothing, so g adds up to 0.
     Time O(n log n). There is no kernel: on a GPU array code serves, none of which waits for the host; that is enough for a baseline.
-    Raises ValueError for shapes, other labels, scores not finite at labels 0 and 1, another delta; TypeError for dtypes and for a delta
-    that is no number. A GPU does not look at values before: a score that is not finite there makes the value NaN, a label that is none
-    counts nowhere.
+    Raises ValueError for shapes, other labels, scores not finite at labels 0 and 1, another delta, one too small for the scores' spread;
+    TypeError for dtypes and for a delta that is no number. A GPU does not look at values before: a score that is not finite there makes
+    the value NaN, a label that is none counts nowhere, and with such a delta value and g are noise.
     """
     op = "smooth_ap.smooth_ap"
     checks.float_array(op, "scores", scores)
     checks.ternary(op, labels, scores.shape)
     checks.ranked(op, scores, labels)
     delta = checks.half_width(op, delta, zero=False)
+    if checks.on_host(scores) and (labels >= 0).any():
+        least = 1e6 * 2.0**-52 * scores.size * float(np.ptp(scores[labels >= 0].astype(np.float64)))
+        if delta < least:
+            raise ValueError(f"{op}: delta must be at least {least:.2g} for {scores.size} scores of this spread, got {delta:g}: the rest is rounding")
     return pick(scores, numpy=_smooth_ap, cuda=_smooth_ap)(scores, labels, delta)
 
 
