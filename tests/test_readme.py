@@ -39,3 +39,10 @@ def test_every_example_tells_how_it_is_used(program, monkeypatch, capsys, tmp_pa
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(ROOT / "examples" / program), run_name="__main__")
     assert not stop.value.code and f"python examples/{program}" in capsys.readouterr().out and f"examples/{program}" in README
+
+
+def test_links_to_sections_lead_there():
+    """As GitHub makes anchors: lower case, spaces to hyphens, other marks dropped."""
+    headings = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)", re.sub(r"```.*?```", "", README, flags=re.S), re.M)}
+    linked = set(re.findall(r"\]\(#([^)]+)\)", README))
+    assert len(linked) >= 5 and linked <= headings, linked - headings
