@@ -1,6 +1,6 @@
 """Train OverFeat as a detector, evaluate it, and draw what it found (1312.6229, sec. 5; tinydet/models/overfeat_detect.py).
 
-    python examples/overfeat.py                                     # embedded scenes, about 3 minutes on two cores
+    python examples/overfeat.py                                     # embedded scenes, one to two minutes on two cores
     python examples/overfeat.py --data FOLDER --name cells      # train on its split "train", evaluate on "val"
     python examples/overfeat.py --data FOLDER --weights runs/overfeat_classify/weights.npz      # fine-tune a classifier
 
@@ -19,7 +19,7 @@ from tinydet import draw, files, optim, train
 from tinydet.models import overfeat, overfeat_detect
 from tinydet.summary import summary
 
-THRESHOLDS = {"merge": 0.6, "nms": 0.45}
+THRESHOLDS = {"merge": 0.6, "nms": 0.45}           # CHOICE: the paper names none
 
 
 def arguments(argv=None):

@@ -53,7 +53,7 @@ def arguments(argv=None):
     a("--width", type=float, default=1.0, help="factor on its channels (%(default)s)")
     a("--init", type=float, metavar="STD", help="of all weights at the start; 0: He's rule (small 0, others the paper's 0.01)")
     a("--dropout", type=float, help="of the classifier's hidden layers (small 0, which trains faster; others the paper's 0.5)")
-    a("--short", type=common.count, metavar="PIXELS", help="short side of training images (default: 256/221 of the window, as in the paper)")
+    a("--short", type=common.count, metavar="PIXELS", help="short side of training images (default: 256/221 of the window, the paper's of accurate)")
     a("--batch", type=common.count, default=64, help="images a step (%(default)s)")
     a("--steps", type=common.count, help="training steps (2000; --preset: its epochs)")
     a("--lr", type=float, default=0.05, help="largest learning rate (%(default)s)")

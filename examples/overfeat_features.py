@@ -257,7 +257,7 @@ def batch(net, folder, out, put):
 
 def arguments(argv=None):
     listed = "\n".join(textwrap.fill(f"{name}, -f {feature_layer(table)}: {layer_names(table)}", 120, subsequent_indent="    ")
-                       for name, table in TABLES.items())
+                       for name, table in TABLES.items() if not table.norm)         # no net with batch norm was released
     parser = argparse.ArgumentParser(description=__doc__ + listed, formatter_class=argparse.RawDescriptionHelpFormatter)
     a = parser.add_argument
     a("images", nargs="*", metavar="image", help="picture files")

@@ -245,6 +245,9 @@ def test_errors():
         offset_pool.forward(s, 2.0)
     with pytest.raises(ValueError, match=r"^offset_pool\.backward: ds must have shape \(1, 3, 3, 1\), got \(1, 4, 4, 1\)"):
         offset_pool.backward(s, offset_pool.forward(s, 2)[1])
+    for dtype, told in ((np.float32, "must be float64, as the result was, got float32"), (np.int64, "must be float32 or float64, got int64")):
+        with pytest.raises(TypeError, match=rf"^offset_pool\.backward: ds {told}$"):
+            offset_pool.backward(np.zeros((1, 3, 3, 1), dtype), offset_pool.forward(s, 2)[1])
     with pytest.raises(ValueError, match=r"^offset_pool\.split: s must have shape \(N, H, W, C\), got \(4, 4\)"):
         offset_pool.split(s[0, :, :, 0], 2)
     with pytest.raises(ValueError, match=r"^offset_pool\.split: size must be at least 1, got 0"):

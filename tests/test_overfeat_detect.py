@@ -124,6 +124,20 @@ def test_assign_is_the_definition(seed):
             assert_allclose(edge * 16 + w[[0, 1, 0, 1]], boxes[best], atol=1e-9)
 
 
+def test_no_window_answers_a_box_without_area():
+    grid = overfeat.windows(small_net().table, 3, 4, (0, 0))
+    flat, box = np.array([[4., 6, 4, 20], [10, 10, 10, 10]]), np.array([[2., 1, 17, 15]])
+    for boxes in (flat, flat[:1], flat[1:]):
+        labels, edges, regress = overfeat_detect.assign(grid, boxes, np.zeros(len(boxes), int), background=3)
+        assert (labels == 3).all() and np.isfinite(edges).all() and not regress.any()
+    both = overfeat_detect.assign(grid, np.concatenate([flat, box]), np.array([0, 1, 2]), background=3)
+    labels, edges, regress = overfeat_detect.assign(grid, box, np.array([2]), background=3)
+    assert_array_equal(both[0], labels)
+    assert_array_equal(both[2], regress)
+    assert regress.any()
+    assert_array_equal(both[1][regress], edges[regress])
+
+
 @given(st.integers(0, 10 ** 6))
 def test_select_keeps_positives_and_the_worst_negatives(seed):
     rng = np.random.default_rng(seed)
@@ -512,6 +526,9 @@ def test_spec_errors():
         overfeat_detect.spec_for(box_examples([]), ("a",))
     with pytest.raises(ValueError, match=r"^overfeat_detect.spec_for: window must be 8, 16, 24, .. pixels, got 30"):
         overfeat_detect.spec_for(box_examples([30]), ("a",), 30)
+    for background in (True, False):
+        with pytest.raises(ValueError, match=r"^overfeat\.Spec: the regressor of a detector must be None or 'SCR', .*, got 'PCR'"):
+            overfeat_detect.spec_for(box_examples([30]), ("a",), regressor="PCR", background=background)
 
 
 def test_spec_from_known_quantiles():
@@ -562,6 +579,14 @@ def test_combine_merges_each_class_for_itself():
     for k in (0, 1):
         seen = p[:, k] >= 0.2
         assert_array_equal(scores[labels == k], p[seen, k][nms.nms(boxes[seen], p[seen, k], 0.3)])
+
+
+def test_combine_takes_exact_means_unless_the_literal_one_is_named():
+    boxes, p = np.array([[10.0, 10, 50, 50], [14, 10, 54, 50], [12, 14, 52, 54]]), np.full((3, 1), 0.5)
+    for how, expected in (({}, (12, 34 / 3, 52, 154 / 3)), ({"mode": "count"}, (12, 34 / 3, 52, 154 / 3)), ({"mode": "mean"}, (12, 12, 52, 52))):
+        b, labels, scores = overfeat_detect.combine(boxes, p, 1, **how)
+        assert_allclose(b, [expected], rtol=1e-12)
+        assert scores.tolist() == [1.5] and labels.tolist() == [0]
 
 
 def test_combine_of_nothing_and_errors():

@@ -286,6 +286,12 @@ def test_the_program_says_what_is_missing(capsys, args, told):
     assert re.search(told, capsys.readouterr().err.splitlines()[-1])
 
 
+def test_the_help_lists_the_layers_of_the_released_nets_only(capsys):
+    with pytest.raises(SystemExit):
+        program.arguments(["-h"])
+    assert re.findall(r"^(\w+), -f (\d+): 0:norm", capsys.readouterr().out, re.M) == [("fast", "10"), ("accurate", "9")]
+
+
 def test_features_of_several_images_and_of_a_stream_are_the_same_text(tmp_path, monkeypatch, capsys):
     path, _ = write(tmp_path, "accurate")
     shots = [picture(13, 13), picture(19, 26, 3)]

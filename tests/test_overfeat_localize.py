@@ -276,19 +276,20 @@ def test_localize_may_keep_the_aspect():
 def test_worked_merge_and_the_surest_window():
     p = np.array([[0.5, 0.3, 0.2], [0.4, 0.3, 0.3], [0.6, 0.2, 0.2], [0.3, 0.6, 0.1]])
     views = [(WORKED[:2, None], p[:2]), (WORKED[2:, None], p[2:])]
-    boxes, labels, scores = localization.guesses(views, 2)
+    boxes, labels, scores = localization.guesses(views, 2, mode="mean")
     assert_array_equal(labels, [0, 1])                                      # class 2 was never among the first two
     assert_allclose(boxes, [[12, 12, 52, 52]] * 2, rtol=1e-12)              # one merge a class: 0.8 of three beats 0.6 of one
     assert_allclose(scores, (1.5, 0.8), rtol=1e-12)
-    assert_allclose(localization.guesses(views, 2, mode="count")[0][0], (12, 34 / 3, 52, 154 / 3), rtol=1e-12)
+    for how in ({"mode": "count"}, {}):                                     # "count" unless "mean" is named
+        assert_allclose(localization.guesses(views, 2, **how)[0][0], (12, 34 / 3, 52, 154 / 3), rtol=1e-12)
     boxes, labels, scores = localization.guesses(views, 2, "none")
     assert_array_equal(boxes, WORKED[[2, 3]])                               # both are sure to 0.6: the lower class first
     assert_array_equal(labels, [0, 1])
     assert_array_equal(scores, [0.6, 0.6])
-    assert_allclose(localization.guesses(views, 2, match="literal", threshold=1e9)[2], p.sum(0)[:2], rtol=1e-12)
-    assert_allclose(localization.guesses(views, 2, threshold=-1)[2], (0.6, 0.6))
-    assert_allclose(localization.guesses(views, 2, least=0.4)[2], (1.5, 0.6))
-    for how in ({}, {"merging": "none"}):                                   # two views
+    assert_allclose(localization.guesses(views, 2, mode="mean", match="literal", threshold=1e9)[2], p.sum(0)[:2], rtol=1e-12)
+    assert_allclose(localization.guesses(views, 2, mode="mean", threshold=-1)[2], (0.6, 0.6))
+    assert_allclose(localization.guesses(views, 2, mode="mean", least=0.4)[2], (1.5, 0.6))
+    for how in ({"mode": "mean"}, {"merging": "none"}):                     # two views
         sums, means = (localization.guesses(views, 2, normalize=n, **how) for n in localization.NORMALIZATIONS)
         assert_array_equal(sums[0], means[0])
         assert_array_equal(sums[2], 2 * means[2])
@@ -322,9 +323,9 @@ def test_one_class_free_merge_gives_what_the_classes_merged_one_by_one_give(mode
 def test_merging_never_crosses_classes():
     """Two classes see one place: no box is an average over both. Of a PCR each class has boxes of its own."""
     p = np.array([[0.9, 0.1], [0.8, 0.2], [0.1, 0.9]])
-    boxes, labels, scores = localization.guesses([(np.stack([WORKED[:3], WORKED[:3] + 200], 1), p)])
+    boxes, labels, scores = localization.guesses([(np.stack([WORKED[:3], WORKED[:3] + 200], 1), p)], mode="mean")
     for box, label, score in zip(boxes, labels, scores):
-        b, s, _ = merge.merge(WORKED[:3] + 200 * label, p[:, label])
+        b, s, _ = merge.merge(WORKED[:3] + 200 * label, p[:, label], mode="mean")
         assert_allclose((*box, score), (*b[0], s[0]), rtol=1e-12)
     assert_allclose(scores, (1.8, 1.2))
 

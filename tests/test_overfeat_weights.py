@@ -1,4 +1,6 @@
 """OverFeat's released files: where the arrays stand, a sparse file of full size, a tiny net's file; and all that is refused."""
+import dataclasses
+
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
@@ -146,6 +148,19 @@ def test_a_damaged_file_is_refused_and_the_net_unchanged(tmp_path, monkeypatch, 
         assert_array_equal(v, before[k])
 
 
+@pytest.mark.parametrize("more, told", [(dict(k=3), "k 3, pool 3, background False"), (dict(pool=2), "k 2, pool 2, background False"),
+                                        (dict(background=True), "k 2, pool 3, background True")])
+def test_a_net_of_another_k_or_pool_or_with_background_is_refused_and_unchanged(tmp_path, more, told):
+    net, path = make(**more), write(tmp_path, released())
+    before = {k: v.copy() for k, v in net.arrays().items()}
+    with pytest.raises(ValueError, match=rf"^overfeat_weights\.load_published: for .*net_weight_7 the net must have k 2, pool 3 and no "
+                                         rf"background class, as 'tiny' has, got {told}$"):
+        load_published(net, path)
+    for k, v in net.arrays().items():
+        assert_array_equal(v, before[k])
+    load_published(make(k=2, pool=3), path)                                 # named, but the table's
+
+
 def test_what_is_no_file_of_this_net_is_refused(tmp_path, monkeypatch):
     net = make()
     for run in (recognise, lambda path: load_published(net, path)):
@@ -157,6 +172,12 @@ def test_what_is_no_file_of_this_net_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"net of 1000 classes, 583,683,488 \(fast\), 578,625,952 \(accurate\), .*, got 1,824$"):
         recognise(path)
     assert recognise(path, 3) == "tiny"
+    monkeypatch.setitem(TABLES, "tiny", dataclasses.replace(TINY, norm=True))                 # no file has batch norms
+    with pytest.raises(ValueError, match=r"578,625,952 \(accurate\), got 1,824$"):
+        recognise(path, 1000)
+    with pytest.raises(ValueError, match=r"net of 3 classes, .* \(accurate\), got 1,824$"):
+        recognise(path, 3)
+    monkeypatch.setitem(TABLES, "tiny", TINY)
     monkeypatch.setitem(TABLES, "other", Table(TINY.trunk, 2, (("fc3", 7), ("fc4", 3))))
     with pytest.raises(ValueError, match=r"as 'other' of 3 classes and width 1\.0 needs, got 1,824, the size of 'tiny'$"):
         load_published(make("other"), path)

@@ -215,7 +215,8 @@ class Spec:
     need to train, and 0.01 for the heads' last layers (CHOICE). mean, std: the release's numbers, for all channels.
     from_window: the regressor's last biases start at (0, 0, 1, 1), so that each window answers with about itself (CHOICE).
     Of detectors: background: one more class, the last (sec. 5); scales: enlargements at which windows are slid over an image, finest
-    first; context: the classifier sees the next coarser scale, too.
+    first; context: the classifier sees the next coarser scale, too. With any of these a regressor is an SCR: overfeat_detect has
+    one box a window.
     """
 
     classes: tuple
@@ -247,6 +248,9 @@ class Spec:
             raise ValueError(f"{op}: init must be None, or above 0 and finite, got {self.init}")
         if not all(isinstance(s, (int, float)) and 0 < s < np.inf for s in self.scales) or list(self.scales) != sorted(self.scales)[::-1]:
             raise ValueError(f"{op}: scales must be above 0, the largest first, got {self.scales!r}")
+        if self.regressor == "PCR" and self.detector:
+            raise ValueError(f"{op}: the regressor of a detector must be None or 'SCR', one box a window, got 'PCR' with "
+                             f"background {self.background}, scales {self.scales!r}, context {self.context}")
         checks.small(op, 1, **{name: v for name, v in (("k", self.k), ("pool", self.pool)) if v is not None})
         rows(self.layers, self.outputs, self.width, self.regressor)
 
@@ -404,7 +408,8 @@ class OverFeat(Composite):
 
         route "offsets" (notes, 3.1): the heads on the pooled map of each offset, interleaved; "dilated" (notes, 3.4): one run on the
         max pool of stride 1, the k x k kernel dilated by `pool` (the paper's skip-kernels). Both give the same F, up to rounding.
-        coarser: see forward. Returns scores and edges as forward. Raises ValueError for another route, and where x holds no window.
+        coarser: see forward. Returns scores and edges as forward; F[:, ::pool, ::pool] is what the coarse stride has of F.
+        Raises ValueError for another route, and where x holds no window.
         """
         if route not in ("offsets", "dilated"):
             raise ValueError(f"OverFeat.dense: route must be 'offsets' or 'dilated', got {route!r}")
@@ -418,10 +423,6 @@ class OverFeat(Composite):
         more = [[None] * len(pooled) if added is None else offset_pool.split(added, p) for _, added in both]
         return tuple(head and offset_pool.interleave([self._run(head, m, added=a)[0] for m, a in zip(pooled, m_)], p)
                      for (head, _), m_ in zip(both, more))
-
-    def coarse(self, F):
-        """What the coarse stride has of a map F of dense: that of offset (0, 0)."""
-        return F[:, ::self.table.pool, ::self.table.pool]
 
     def _heads(self, names):
         return [self.parts.get(name) if name in names else None for name in ("classifier", "regressor")]

@@ -23,8 +23,9 @@ def assign(windows, boxes, labels, background, positive=0.5, negative=0.3, visib
     CHOICE, both IoUs: the paper names none. That box is regressed where at least `visible` of its area lies in the window: the paper's
     50 % rule, with overlap = intersection / area of the box (CHOICE), and IoU >= negative, which is ours. Unlike
     overfeat_localize.targets, where a window answers the box that it holds most of, whatever the IoU.
-    windows: (M, 4), boxes: (R, 4) float64, in the same pixels, boxes with area; labels: (R,), -1 for a difficult object: windows of
-    IoU >= negative with it train neither class nor box. Returns labels (M,) int64, edges (M, 4) of overfeat.encode, regress (M,) bool.
+    windows: (M, 4), boxes: (R, 4) float64, in the same pixels; labels: (R,), -1 for a difficult object: windows of
+    IoU >= negative with it train neither class nor box. No window answers a box without area.
+    Returns labels (M,) int64, edges (M, 4) of overfeat.encode, regress (M,) bool.
     Ties go to the first box; without boxes all is background. Raises as ops.assign.best.
     """
     answer = np.full(len(windows), background, np.int64)
@@ -35,7 +36,8 @@ def assign(windows, boxes, labels, background, positive=0.5, negative=0.3, visib
     answer[overlap >= positive] = labels[best][overlap >= positive]
     chosen = boxes[best]
     inside = np.minimum(windows[:, 2:], chosen[:, 2:]) - np.maximum(windows[:, :2], chosen[:, :2])
-    seen = inside.clip(0).prod(1) / box_ops.area(chosen)
+    area = box_ops.area(chosen)
+    seen = inside.clip(0).prod(1) / np.where(area > 0, area, 1)
     return answer, overfeat.encode(windows, chosen), (overlap >= negative) & (seen >= visible) & (labels[best] >= 0)
 
 
@@ -79,7 +81,7 @@ def loss(spec, scores, edges, targets, rng, box_weight=1.0, offset=(0, 0), **dra
     images N, whichever is more (CHOICE: batches with hardly a box would otherwise make training diverge). drawing: options of draw().
     Of a net without background class (Spec.background) no window of the background trains; scores then have K channels.
     Returns a dict of numbers (loss, class_loss, box_loss, positives) and dscores, dedges, of the shapes and dtype of scores and edges.
-    On a GPU the losses stay there, too. Of an SCR alone: raises ValueError for edges of a PCR.
+    On a GPU the losses stay there, too.
     """
     N, h, w, channels = scores.shape
     background = len(spec.classes)
@@ -117,10 +119,10 @@ def spec_for(examples, classes, window=None, most=64, least=24, ratio=1.4, most_
     multiples of 8 pixels), but not above 0.8 times the 5 % quantile of d, within [least, most], unless `window` names another; scales
     are such that windows of sides about `ratio` apart (the paper's ratio, unverified) cover all d between the 1 % and the 99 %
     quantile, in original pixels; at most `most_scales`, further apart if need be. Warns if more than 5 % of the boxes are too long for
-    a square window. pool: default 2 for the small net, else the table's.
+    a square window. pool: default 2 for the small net (CHOICE: its table, a classifier's, has 3), else the table's.
     more: fields of the Spec in place of these: an SCR that starts from the window, no dropout (CHOICE: the paper is silent for this
-    stage), He's rule, a background class. A PCR can be built, but neither loss() nor look() takes it.
-    Raises ValueError if there is no box, or for a window that the table cannot have.
+    stage), He's rule, a background class.
+    Raises ValueError if there is no box, for a window that the table cannot have, and as Spec: for a PCR.
     """
     boxes = np.concatenate([e.usable()[0] for e in examples])
     if len(boxes) == 0:
@@ -240,10 +242,11 @@ def combine(boxes, probability, classes, merging="merge", threshold=0.5, mode="c
     boxes: (M, 4), the box that each window gives; probability: (M, classes), or (M, classes + 1) with the background last. Each window
     gives its box to every class of probability >= min_score, and a class takes those of its `most` surest windows (the paper is silent on
     pruning: CHOICE; merging takes time as their square). argmax: windows that are surest of the background give none (CHOICE: off).
-    Then per class, merging "merge": greedy merging with accumulated confidence (ops.merge: threshold, mode; "count", exact means, is
-    a CHOICE, the paper's words give "mean"), scores are sums and may pass 1; "nms": ops.nms at IoU threshold, scores are
-    probabilities. Returns boxes (R, 4), labels (R,), scores (R,) by falling score (ties: lower label), at most `limit`. Raises ValueError
-    for another merging, and as ops.merge and ops.nms.
+    Then per class, merging "merge": greedy merging with accumulated confidence (ops.merge: threshold, mode), scores are sums and may
+    pass 1; "nms": ops.nms at IoU threshold, scores are probabilities. mode: CHOICE "count", exact means; the paper's literal "mean"
+    is the other. threshold: CHOICE 0.5 (examples/overfeat.py has its own). Both defaults are those of overfeat_localize.guesses.
+    Returns boxes (R, 4), labels (R,), scores (R,) by falling score (ties: lower label), at most `limit`. Raises ValueError for another
+    merging, and as ops.merge and ops.nms.
     """
     if argmax:
         objects = probability.argmax(1) < classes

@@ -160,15 +160,16 @@ def look(net, image, size, mirrored=False, fine=True, centre_only=False, keep_as
     return (boxes / _factors((height, width), image)).reshape(edges.shape), softmax_loss.softmax(scores.reshape(h * w, K))
 
 
-def guesses(views, k=5, merging="merge", threshold=0.5, mode="mean", match="dissimilarity", least=0.0,
+def guesses(views, k=5, merging="merge", threshold=0.5, mode="count", match="dissimilarity", least=0.0,
             normalize="none"):
     """The k best (box, class) of what look() saw in the views of one image (sec. 4.3).
 
     Of each view (CHOICE: of each scale and flip) the k classes of largest p at any window count, with a box from every window,
     that has the confidence p. Then each class for itself (CHOICE), over all views:
     merging "merge": ops.merge (threshold, mode, match: see there) averages boxes and adds up confidence, and the box of largest sum
-    stands for the class. "none": the box of the surest window, score p. A class's windows with p < least are left out (CHOICE: 0;
-    merging takes time as their square). Which boxes merge does not depend on p: with an SCR and least = 0 the classes that all views
+    stands for the class. mode: CHOICE "count", exact means; the paper's literal "mean" is the other. threshold: CHOICE 0.5.
+    "none": the box of the surest window, score p. A class's windows with p < least are left out (CHOICE: 0; merging takes time as
+    their square). Which boxes merge does not depend on p: with an SCR and least = 0 the classes that all views
     name merge alike, so that one merge for all of them, their p added as vectors, would give the same boxes and sums.
     normalize "scales": scores are divided by the number of views, to compare images seen at different ones; "none" is the paper's.
     Returns boxes (G, 4), labels (G,) int64, scores (G,), surest first, G <= k. Ties: the lower class, the earlier view, the first

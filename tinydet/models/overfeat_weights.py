@@ -28,11 +28,12 @@ def layout(table, classes=1000, width=1.0):
 
 
 def recognise(path, classes=1000):
-    """The name of the table in TABLES whose net, at full width, has the size of the file.
+    """The name of the table in TABLES whose net, at full width, has the size of the file, of nets without batch norm: files have none.
 
     Raises FileNotFoundError, or ValueError naming the file, its size and the sizes that are known.
     """
-    size, known = _size("recognise", path), {name: layout(table, classes)[1] * FLOAT.itemsize for name, table in TABLES.items()}
+    size = _size("recognise", path)
+    known = {name: layout(table, classes)[1] * FLOAT.itemsize for name, table in TABLES.items() if not table.norm}
     for name, expected in known.items():
         if size == expected:
             return name
@@ -59,18 +60,21 @@ def read(path, table, classes=1000, width=1.0):
 def load_published(net, path):
     """Copy a released file into trunk and classifier of an OverFeat; a regressor stays as it is.
 
-    net: a classifier on any backend, of the file's table with its own k and pool (not checked), number of classes and width: the
-    released ones have width 1 and 1000 classes, in the
-    order of the ILSVRC2012 devkit ("kit fox" first), not of sorted WordNet names. Convolutions become (kh, kw, Cin, Cout), numbers
-    the net's dtype. One array at a time is in memory. Returns the names of the net's arrays that stay as they were.
+    net: a classifier on any backend, of the file's table with its k and pool, number of classes, no background class, and width: the
+    released ones have width 1 and 1000 classes, in the order of the ILSVRC2012 devkit ("kit fox" first), not of sorted WordNet names.
+    Convolutions become (kh, kw, Cin, Cout), numbers the net's dtype. One array at a time is in memory. Returns the names of the
+    net's arrays that stay as they were.
     The net must see what the released one saw: RGB, (x - 118.380948) / 61.896913, as Spec has it. The release sets to 0 what is at
     most 1e-6, where ours has max(0, x): no difference that counts.
     Unverified: no released file was at hand, the tests write files by these rules.
-    Raises FileNotFoundError, or ValueError naming the file: for its size, as read, and where an array is not finite; the net is
-    unchanged then.
+    Raises FileNotFoundError, or ValueError naming the file: for its size, as read, for a net of another k or pool or with a background
+    class, and where an array is not finite; the net is unchanged then.
     """
-    spec, own = net.spec, net.arrays()
+    spec, own, table = net.spec, net.arrays(), TABLES[net.spec.table]
     arrays = read(path, spec.table, len(spec.classes), spec.width)
+    if spec.layers != table or spec.background:
+        raise ValueError(f"overfeat_weights.load_published: for {path} the net must have k {table.k}, pool {table.pool} and no background "
+                         f"class, as {spec.table!r} has, got k {spec.layers.k}, pool {spec.layers.pool}, background {spec.background}")
     for name, a in arrays.items():
         flat = a.reshape(-1)
         if not all(np.isfinite(flat[k:k + BLOCK]).all() for k in range(0, flat.size, BLOCK)):

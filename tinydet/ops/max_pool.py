@@ -44,10 +44,18 @@ def output_size(side, size, stride, before, after, ceil):
     return windows - ((windows - 1) * stride >= side + before)
 
 
-def backward(dy, cache, on_gpu=None):
-    """dx: each dy[n,i,j,c] goes to the pixel that won its window; a pixel adds up all the windows that it won."""
-    *cache, dtype = cache
-    checks.gradient("max_pool.backward", cache[3].shape, dtype, dy)
+def backward(dy, cache):
+    """dx: each dy[n,i,j,c] goes to the pixel that won its window; a pixel adds up all the windows that it won, 0 if none.
+
+    dy: (N, oh, ow, C), the dtype of x. Returns dx (N, H, W, C). Raises ValueError or TypeError where dy does not fit the cache.
+    """
+    checks.gradient("max_pool.backward", cache[3].shape, cache[-1], dy)
+    return unpool(dy, cache)
+
+
+def unpool(dy, cache, on_gpu=None):
+    """backward without its checks, with another CUDA version: for ops that call pool."""
+    *cache, _ = cache
     run = pick(dy, numpy=_backward_numpy, numba=_backward_numba, cuda=on_gpu or _backward_cuda)
     return run(dy, *cache)
 

@@ -21,8 +21,12 @@ def backward(ds, cache):
 
     ds: the shape and dtype of s; pixels that won no tile get 0. Raises ValueError for another shape, TypeError for another dtype.
     """
-    checks.same_shape("offset_pool.backward", cache[3].shape, ds=ds)
-    return max_pool.backward(ds, cache, on_gpu=_backward_cuda)
+    op, dtype = "offset_pool.backward", cache[-1]
+    checks.float_array(op, "ds", ds)
+    checks.same_shape(op, cache[3].shape, ds=ds)
+    if ds.dtype != dtype:
+        raise TypeError(f"{op}: ds must be {dtype}, as the result was, got {ds.dtype}")
+    return max_pool.unpool(ds, cache, on_gpu=_backward_cuda)
 
 
 def offsets(size):
