@@ -138,13 +138,13 @@ def torch_conv_dw(torch, mode, stride, pad, x, w, b, dy):
 
 # Pooling and norms: bound by memory
 
-def map_job(group, name, shape, prepare, peers, passes, tolerance=1e-5, exact=False):
+def map_job(group, name, shape, prepare, peers, passes, exact=False):
     """A job on one map (N, H, W, C); passes: how often the map must be read or written, as a number of floats for each of its own."""
     def make(rng, scale):
         N, H, W, C = shape
         return (floats(rng, some(N, scale), some(H, scale ** 0.5) + 6, some(W, scale ** 0.5) + 6, some(C, scale ** 0.5)) if scale < 1
                 else floats(rng, *shape),)
-    return Job(group, name, make, prepare, peers, lambda x: ("byte", passes * 4 * x.size), tolerance, exact)
+    return Job(group, name, make, prepare, peers, lambda x: ("byte", passes * 4 * x.size), exact=exact)
 
 
 def memory_jobs():

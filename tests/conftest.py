@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import tinydet  # noqa: F401  first: it sets how waiting threads behave, which numpy and numba read once
@@ -43,7 +44,21 @@ KERNELS = {"test_every_op": "may_run_twice", "test_conv": "ragged", "test_conv_i
            "test_ap_loss": "borders.*(257|1025)|more_positives", "test_map_loss": "fixtures_A|fixture_M|empty"}
 
 
+# Under -n 2 each worker begins with one half of the tests. Numba compiles most in those of the first group: they come first, and the second
+# half begins with those of the other group, which compile next to nothing, so that the two do not compile the same loops at the same time
+COMPILE = ("test_fast_rcnn_map", "test_every_op", "test_examples", "test_bench_map_loss", "test_overfeat_detect", "test_fast_rcnn", "test_retinanet",
+           "test_transfer", "test_end_to_end_map", "test_overfeat_localize_program", "test_overfeat_classify", "test_layers", "test_composition")
+COMPILE_NOTHING = ("test_device", "test_readers", "test_coco", "test_data", "test_damaged_files", "test_emulate", "test_nvrtc", "test_claims", "test_sort",
+                   "test_scan", "test_files", "test_safetensors", "test_evaluate", "test_evaluate_coco", "test_evaluate_files", "test_draw", "test_packaging",
+                   "test_mutation", "test_loader", "test_timing", "test_gpu_check", "test_bench_gpu", "test_checkpoints", "test_report", "test_summary")
+
+
 def pytest_collection_modifyitems(items):
+    groups = {True: [], False: [], None: []}
+    for item in items:
+        groups[True if item.path.stem in COMPILE else False if item.path.stem in COMPILE_NOTHING else None].append(item)
+    rest = max(0, len(items) // 2 - len(groups[True]))
+    items[:] = groups[True] + groups[None][:rest] + groups[False] + groups[None][rest:]
     for item in items:
         pattern = KERNELS.get(item.path.stem)
         if pattern is not None and re.search(pattern, item.name) and re.search(r"emulated|cuda", item.name):
@@ -71,6 +86,14 @@ def probes(monkeypatch):
         monkeypatch.setattr(subprocess, "run", child)
         return asked
     return answered
+
+
+def real(name):
+    """The folder of a data set below the one that TINYDET_DATA names. Skips the test where there is none."""
+    folder = Path(os.environ.get("TINYDET_DATA", "")) / name
+    if not os.environ.get("TINYDET_DATA") or not folder.is_dir():
+        pytest.skip(f"TINYDET_DATA names no folder with {name}")
+    return folder
 
 
 def arrays_in(path):

@@ -93,11 +93,11 @@ EQUIVALENT = {
         "the maps lie on one device",
     "tinydet/ops/soft_nms.py: iou = inter / np.where(union > 0, union, 1)             # inter is 0 where the union is -> iou = inter / np.where(union > 0, union, 2)             # inter is 0 where the union is":
         "inter is 0 where the union is",
-    "tinydet/ops/logistic_loss.py: z = xp.where(counts, -t * x, 0) -> z = xp.where(counts, -t * x, 1)":
+    "tinydet/ops/logistic_loss.py: z = np.where(counts, -t * x, 0) -> z = np.where(counts, -t * x, 1)":
         "what stands in for entries that count nowhere",
     "tinydet/layers.py: return _sum(dx, self.parts[\"shortcut\"].backward(db, cache[1]) if \"shortcut\" in self.parts else db) -> return _sum(self.parts[\"shortcut\"].backward(db, cache[1]) if \"shortcut\" in self.parts else db, dx)":
         "a sum",
-    "tinydet/ops/box_loss.py: curve = xp.where(inside, d * d / (4 * half) if beta else 0, size - half) -> curve = xp.where(inside, d * d / (4 * half) if beta else -1, size - half)":
+    "tinydet/ops/box_loss.py: curve = np.where(inside, d * d / (4 * half) if beta else 0, size - half) -> curve = np.where(inside, d * d / (4 * half) if beta else -1, size - half)":
         "beta = 0: nothing is inside, so the value is never chosen",
 }
 

@@ -1,12 +1,11 @@
 import dataclasses
-import os
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
+from conftest import real
 from tinydet import canvases as module
 from tinydet import data
 from tinydet.canvases import canvases
@@ -245,10 +244,7 @@ def test_errors_by_message(change, error, message):
 # Real data: TINYDET_DATA names the folder that holds fashion-mnist/
 
 def test_fashion_items_on_canvases():
-    folder = Path(os.environ.get("TINYDET_DATA", "")) / "fashion-mnist"
-    if not os.environ.get("TINYDET_DATA") or not folder.is_dir():
-        pytest.skip("TINYDET_DATA names no folder with fashion-mnist")
-    examples, classes = data.read(folder, "test")
+    examples, classes = data.read(real("fashion-mnist"), "test")
     made = canvases(examples, 400, 0, "test")
     count = np.bincount([int(e.labels[0]) for e in made], minlength=len(classes))
     assert len(count) == 10 and count.min() > 20 and count.max() < 65

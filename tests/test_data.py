@@ -1,7 +1,5 @@
 import math
-import os
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +8,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
-from conftest import random_boxes, seeds
+from conftest import random_boxes, real, seeds
 from tinydet import data, images
 from tinydet.data import Example, flip, hold_out, mean_std, near_identical, read_image, read_split, read_voc, splits, view
 
@@ -443,13 +441,6 @@ def test_mean_std():
 
 
 # Real data: TINYDET_DATA names the folder that holds bccd/ and playing-cards/
-
-def real(name):
-    folder = Path(os.environ.get("TINYDET_DATA", "")) / name
-    if not os.environ.get("TINYDET_DATA") or not folder.is_dir():
-        pytest.skip(f"TINYDET_DATA names no folder with {name}")
-    return folder
-
 
 @pytest.mark.parametrize("split, images, RBC, WBC, platelets, degenerate", [
     ("train", 205, (2382, 197), (214, 204), (209, 117), 0), ("val", 87, (968, 83), (87, 86), (83, 45), 0),

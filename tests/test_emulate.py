@@ -603,7 +603,9 @@ def test_what_is_missing_is_said(monkeypatch):
 
 def test_several_modules_at_once():
     wanted = [(f"{name}.cu", RIGHT[name][0], {"real": "float"}, "// before it\n") for name in ("sum", "fours", "last")]
-    for module, name in zip(emulate.prebuild(wanted), ("sum", "fours", "last")):
+    with ThreadPoolExecutor() as pool:
+        modules = list(pool.map(lambda each: emulate.module(*each[:3], prelude=each[3]), wanted))
+    for module, name in zip(modules, ("sum", "fours", "last")):
         assert module.name == f"{name}.cu" and RIGHT[name][1](functools.partial(module.launch, name))
     assert emulate.module(*wanted[0][:3], prelude=wanted[0][3]) is emulate.module(*wanted[0][:3], prelude=wanted[0][3])
 

@@ -12,7 +12,7 @@ import fake_cupy
 from conftest import BACKENDS, distinct_NHWC, seeds
 from tinydet import emulate, proposals, to_numpy, use
 from tinydet.gradcheck import check_loss
-from tinydet.models import oquab, oquab_weak as weak
+from tinydet.models import oquab_weak as weak
 from tinydet.models.oquab import TABLES, Oquab, Spec, Table
 from tinydet.ops import boxes as box_ops, logistic_loss
 from tinydet.optim import SGD

@@ -1,7 +1,6 @@
 """Readers of YOLO, COCO, IDX and class folders, recognising a layout, and the report; VOC: test_data.py, damage: test_damaged_files.py."""
 import gzip
 import json
-import os
 import struct
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
+from conftest import real
 from tinydet import data, records, report
 from tinydet.data import DefectWarning
 
@@ -454,13 +454,6 @@ def test_the_report_as_a_command(tmp_path):
 
 
 # Real data: TINYDET_DATA names the folder that holds the data sets
-
-def real(name):
-    folder = Path(os.environ.get("TINYDET_DATA", "")) / name
-    if not os.environ.get("TINYDET_DATA") or not folder.is_dir():
-        pytest.skip(f"TINYDET_DATA names no folder with {name}")
-    return folder
-
 
 def test_the_report_of_the_apples_is_their_readme():
     found, _, _ = report.report(real("apple-orchard"))

@@ -33,7 +33,7 @@ def bin_edges(start, stop, count, side, float_bins=False):
 
 def by_definition(x, rois, size, scale, dy, float_bins=False):
     """y, argmax and dx by nested loops over the cells of every bin."""
-    (N, H, W, C), (PH, PW) = x.shape, size
+    (_, H, W, C), (PH, PW) = x.shape, size
     y, argmax, dx = np.zeros((len(rois), PH, PW, C), x.dtype), np.full((len(rois), PH, PW, C), -1), np.zeros_like(x)
     for r, (n, *box) in enumerate(rois):
         xs, ys, xe, ye = (cell(v, scale) for v in box)

@@ -2,8 +2,8 @@
 
 Everywhere: image uint8 (H, W, 3) RGB; boxes (R, 4) float64, continuous pixels, inside the image; R may be 0, and a side 1 pixel.
 Functions are pure: all chance comes from rng (a NumPy Generator), no input is changed, a result may share memory with its input.
-Boxes keep their order and dtype, stay inside the image and keep an area. Only crop and iou_crop drop boxes, and return which ones
-they kept. The chains ssd and flip_and_scale are functions to read, and to copy where another order is wanted.
+Boxes keep their order and dtype, stay inside the image and keep an area. Only crop, iou_crop and random_crop drop boxes, and return
+which ones they kept. The chains ssd and flip_and_scale are functions to read, and to copy where another order is wanted.
 """
 import math
 
@@ -23,10 +23,10 @@ TRIES = 50
 def ssd(image, boxes, labels, rng, size, mean, axes=None, most=4.0):
     """SSD's augmentation in AP-loss's order: photometric, expand, IoU crop, mirror, warp to size x size (ap-loss notes, 5).
 
-    size: pixels, or (width, height). most: of the expansion. mean: the colour (number or (3,), RGB, 0..255) around expanded images; subtract_mean is a step of its own, so
-    that batches wait as uint8. axes: from colour_axes, for PCA lighting; None leaves that out.
+    size: pixels, or (width, height). mean: the colour (number or (3,), RGB, 0..255) around expanded images; most: by how much they grow, at
+    most. subtract_mean is a step of its own, so that batches wait as uint8. axes: from colour_axes, for PCA lighting; None leaves that out.
     labels: (R,) or (R, n), one row a box, dropped with it (np.stack([labels, difficult], 1) keeps both aligned).
-    Returns image uint8 (size, size, 3), boxes, labels.
+    Returns image uint8 (height, width, 3), boxes, labels.
     """
     image = photometric(image, rng, axes)
     image, boxes = expand(image, boxes, rng, mean, most=most)

@@ -45,9 +45,9 @@ def distinct(rng, *shape):
     return (rng.permutation(size).reshape(shape) - size // 2 + 0.5) / 4
 
 
-def _map(rng, low=1, high=5, C=3):
-    """(N, H, W, C) with sides from low to high, drawn apart."""
-    return distinct(rng, int(rng.integers(1, 3)), *(int(s) for s in rng.integers(low, high + 1, 2)), int(rng.integers(1, C + 1)))
+def _map(rng, low=1, high=5):
+    """(N, H, W, C) with sides from low to high, drawn apart, and up to 3 channels."""
+    return distinct(rng, int(rng.integers(1, 3)), *(int(s) for s in rng.integers(low, high + 1, 2)), int(rng.integers(1, 4)))
 
 
 def _conv(rng):
@@ -234,8 +234,8 @@ def _box_loss(loss, **options):
 
 # Layers: gradients of the input and of every parameter, in training; each output of several has a gradient of its own
 
-def _conv_layer(rng, Cin=2, Cout=2, size=3, **options):
-    return layers.Conv2D(Cin, Cout, size, rng=rng, dtype=np.float64, **{"pad": size // 2, **options})
+def _conv_layer(rng, Cout=2, size=3, **options):
+    return layers.Conv2D(2, Cout, size, rng=rng, dtype=np.float64, **{"pad": size // 2, **options})
 
 
 def _norm():

@@ -13,10 +13,12 @@ SLACK = 1.0                         # pixels that rounding may put a corner outs
 
 
 def found(folder):
+    """Whether a folder holds JSON files where a COCO set has them."""
     return bool(_files(folder))
 
 
 def splits(folder):
+    """Names of the JSON files, without instances_, or of the folders that hold them."""
     return sorted(_files(folder))
 
 

@@ -90,10 +90,8 @@ def read_idx(folder, split, classes=None):
 def read_folders(folder, split, classes=None):
     """Read images in one folder a class, <split>/<class>/ or, with split "all", <class>/ alone. Labels are the Examples' tags.
 
-    Folders called images, labels, annotations and the like, or with text files beside the images, are no classes: such a folder is
-    of a layout that is not known.
-
-    Classes: the names of the class folders of all splits, sorted. Files that are no images are counted in the warning.
+    Classes: the names of the class folders of all splits, sorted. Files that are no images are counted in the warning. Folders called
+    images, labels, annotations and the like, or with text files beside the images, are no classes: such a set is of another layout.
     Returns and raises as read.
     """
     return _told("read_folders", folder, split, folders.read(folder, split, classes))
@@ -187,7 +185,10 @@ def flip(image, boxes):
 
 
 def mean_std(examples, most=50):
-    """Scalar mean and standard deviation of the pixels (0..255) of the first `most` images, for normalising as OverFeat did."""
+    """Scalar mean and standard deviation of the pixels (0..255) of the first `most` images, at least one, for normalising as OverFeat did.
+
+    Of every fourth pixel each way. A standard deviation below 1 counts as 1: nothing to divide by.
+    """
     pixels = np.concatenate([e.image()[::4, ::4].ravel() for e in examples[:most]]).astype(np.float64)
     return float(pixels.mean()), max(1.0, float(pixels.std()))
 

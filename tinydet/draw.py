@@ -11,11 +11,10 @@ HEAT = ((0, 0, 96), (40, 90, 220), (60, 190, 150), (250, 220, 60), (230, 30, 20)
 def boxes(image, boxes, labels, classes, scores=None, enlarge=1.0, bracket=None):
     """An image (uint8 (H, W, 3)) with its boxes as a Pillow image; each class has its colour, its name (and score) beside the box.
 
+    boxes: (R, 4), pixels of the image; labels: (R,), indices into the names `classes`; scores: (R,) or None. enlarge: factor of the sides.
     bracket: (R,) bool, names to put in brackets (difficult objects, which do not count).
     """
-    picture = Image.fromarray(image)
-    if enlarge != 1:
-        picture = picture.resize([max(1, round(side * enlarge)) for side in picture.size], Image.Resampling.BICUBIC)
+    picture = _enlarged(Image.fromarray(image), enlarge)
     draw = ImageDraw.Draw(picture)
     font = ImageFont.load_default(size=max(9, min(16, min(picture.size) // 28)))
     width = max(1, round(min(picture.size) / 200))
@@ -33,12 +32,15 @@ def boxes(image, boxes, labels, classes, scores=None, enlarge=1.0, bracket=None)
     return picture
 
 
+def _enlarged(picture, factor):
+    """A Pillow image with sides `factor` times as long, bicubic, in whole pixels, at least 1."""
+    return picture if factor == 1 else picture.resize([max(1, round(side * factor)) for side in picture.size], Image.Resampling.BICUBIC)
+
+
 def regions(image, boxes, labels, background, objects=None, enlarge=1.0):
     """The regions that train, on their image (uint8 (H, W, 3)), as a Pillow image: each in the colour of its class, the background grey, and, if
     given, the objects (G, 4) in white below. boxes: (R, 4), labels: (R,)."""
-    picture = Image.fromarray(image)
-    if enlarge != 1:
-        picture = picture.resize([max(1, round(side * enlarge)) for side in picture.size], Image.Resampling.BICUBIC)
+    picture = _enlarged(Image.fromarray(image), enlarge)
     draw = ImageDraw.Draw(picture)
     white = [] if objects is None else [(box, "white", 3) for box in objects]
     order = np.argsort(np.asarray(labels) != background, kind="stable")         # the background first, below the others
@@ -49,7 +51,8 @@ def regions(image, boxes, labels, background, objects=None, enlarge=1.0):
 
 
 def sheet(pictures, columns, captions=None, gap=6):
-    """Pillow images side by side, `columns` in a row, all scaled to one width, with a caption line above each if given."""
+    """Pillow images side by side, `columns` in a row, `gap` pixels apart, all scaled to the widest one's width, with a caption line above
+    each if given. Raises ValueError for no pictures."""
     if not pictures:
         raise ValueError("draw.sheet: pictures must hold at least one image, got none")
     width = max(p.width for p in pictures)
@@ -83,8 +86,7 @@ def heat_map(image, values, box, low=0.0, high=1.0, enlarge=1.0):
     if values.ndim != 2 or not values.size or not np.isfinite(values).all() or not (box[0] < box[2] and box[1] < box[3] and low < high):
         raise ValueError("draw.heat_map: values must be (h, w), at least one, finite, the box have an area, low be below high, got "
                          f"{values.shape}, {tuple(box)}, {low}, {high}")
-    grey = Image.fromarray(image).convert("L")
-    grey = grey.resize([max(1, round(side * enlarge)) for side in grey.size], Image.Resampling.BICUBIC)
+    grey = _enlarged(Image.fromarray(image).convert("L"), enlarge)
     at, inside = [], []
     for side, cells, start, end in zip(grey.size[::-1], values.shape, box[1::-1], box[:1:-1]):
         share = ((np.arange(side) + 0.5) / enlarge - start) / (end - start)             # of each pixel's middle along the grid

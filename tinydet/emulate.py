@@ -30,13 +30,13 @@ import struct
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-_here = Path(__file__).resolve().parent
-HEADER = (_here if (_here / "kernels").is_dir() else _here.parent) / "kernels" / "cuda_on_cpu.h"
+from tinydet.cuda import KERNELS
+
+HEADER = KERNELS / "cuda_on_cpu.h"
 
 FLAGS = ("-std=c++17 -shared -fPIC -fvisibility=hidden -fno-exceptions -fno-rtti -ffp-contract=off -fno-strict-aliasing -w -Wl,--as-needed "
          "-fsanitize=bounds,alignment,null,shift-exponent,integer-divide-by-zero").split()
@@ -86,12 +86,6 @@ def module(name, text, macros={}, mode=None, prelude=""):
     Raises KernelError with g++'s message, RuntimeError where g++ or the mode's sanitizer is missing, ValueError for another mode.
     """
     return _module(name, text, tuple(macros.items()), mode or os.environ.get("TINYDET_EMULATED_MODE") or "plain", prelude, HEADER)
-
-
-def prebuild(wanted, mode=None):
-    """The modules of a list of (name, text, macros, prelude), compiled with as many g++ at once as there are cores."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(lambda each: module(*each[:3], mode, each[3]), wanted))
 
 
 @functools.lru_cache(maxsize=None)

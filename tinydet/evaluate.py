@@ -178,6 +178,7 @@ def voc_files(folder, split, path, iou=0.5, eleven_point=False, strict=False, le
 
 
 def arguments(argv=None):
+    """The command line (None: sys.argv), checked; what is wrong ends the program with a message."""
     parser = argparse.ArgumentParser(prog="python -m tinydet.evaluate", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     a = parser.add_argument
@@ -207,6 +208,7 @@ def arguments(argv=None):
 
 
 def main(args):
+    """Evaluate, print the table, write --json. Raises ValueError or OSError naming file and place."""
     if args.coco is not None:
         truth = annotations(args.coco, complete=False)
         found = coco(truth, results(args.detections, truth))

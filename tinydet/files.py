@@ -113,13 +113,15 @@ def fitting(op, source, arrays, wanted, owner="the model", cast=False, finite=Tr
         if finite and not np.isfinite(found[name]).all():
             wrong.append(f"{name} must be finite, got NaN or infinity")
     missing, surplus = [k for k in wanted if k not in arrays], sorted(k for k in arrays if k not in wanted)
-    told = [f"{source} lacks the array{'s' * (len(missing) > 1)} {_some(missing, ', ')}"] * bool(missing)
-    told += [f"{source} holds arrays that {owner} lacks: {_some(surplus, ', ')}"] * bool(surplus)
-    told += [f"{source}: {_some(wrong, '; ')}"] * bool(wrong)
+    told = [f"{source} lacks the array{'s' * (len(missing) > 1)} {some(missing)}"] * bool(missing)
+    told += [f"{source} holds arrays that {owner} lacks: {some(surplus)}"] * bool(surplus)
+    told += [f"{source}: {some(wrong, '; ')}"] * bool(wrong)
     if told:
         raise ValueError(f"{op}: {'; '.join(told)}")
     return found
 
 
-def _some(items, separator, most=8):
-    return separator.join([*items[:most], f"and {len(items) - most} more"] if len(items) > most else items)
+def some(items, separator=", ", most=8):
+    """Items as one text, the first few of many; "none" without any."""
+    items = [str(i) for i in items]
+    return separator.join([*items[:most], f"and {len(items) - most} more"] if len(items) > most else items) or "none"

@@ -3,10 +3,8 @@ import collections
 import os
 from pathlib import Path
 
-import numpy as np
-
 from tinydet import images
-from tinydet.records import Example, given_classes, no_split, some
+from tinydet.records import given_classes, no_split, some, tagged
 
 ANNOTATIONS = (".json", ".txt", ".xml")
 NO_CLASSES = ("images", "labels", "annotations", "jpegimages", "obj_train_data", "data")    # folders of sets with boxes
@@ -29,6 +27,7 @@ def _has_boxes(folder):
 
 
 def found(folder):
+    """Whether a folder holds folders of images, and no annotations among them."""
     below = _below(folder)
     every = below + [q for p in below for q in _below(p)]
     return any(map(_holds_images, every)) and not any(map(_has_boxes, every))
@@ -63,7 +62,6 @@ def read(folder, split, classes=None):
     index, examples = {c: i for i, c in enumerate(classes or names)}, []
     if unknown := [n for n in names if n not in index]:
         raise ValueError(f"data.read_folders: {folder}: a class folder must be one of {some(classes)}, got {some(unknown)}")
-    none = np.zeros((0, 4)), np.zeros(0, np.int64), np.zeros(0, bool)
     for part in every if split == "all" else [folder / split]:
         for below in _below(part):
             pictures = images.in_folder("data.read_folders", below)
@@ -73,5 +71,5 @@ def read(folder, split, classes=None):
             for stem, path in pictures.items():
                 size = images.header("data.read_folders", path, defects)
                 name = f"{below.relative_to(folder).as_posix()}/{stem}"
-                examples.append(Example(name, path, size, *none, np.array([index[below.name]])))
+                examples.append(tagged(name, path, size, index[below.name]))
     return examples, tuple(index), defects

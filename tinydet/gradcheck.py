@@ -26,7 +26,7 @@ def check_grad(forward, backward, inputs, put=np.asarray, dy=None, eps=1e-5, bou
 def check_loss(loss, inputs, put=np.asarray, eps=1e-5, bound=1e-6):
     """As check_grad for a loss that returns its value and its gradient together: loss(*inputs) -> value, dx (one per input).
 
-    value: one number; arguments, result and errors as in check_grad. Fixed arguments go into a lambda:
+    value: one number; arguments, result and errors (which name check_grad) as there. Fixed arguments go into a lambda:
     check_loss(lambda x: softmax_loss.loss(x, labels), [x]).
     """
     def forward(*inputs):

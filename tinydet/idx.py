@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from tinydet.images import LONGEST_SIDE
-from tinydet.records import Example, class_names, given_classes, no_split
+from tinydet.records import class_names, given_classes, no_split, tagged
 
 LOOKS_LIKE = "*-images-idx3-ubyte.gz (IDX)"
 IMAGES, LABELS = "-images-idx3-ubyte.gz", "-labels-idx1-ubyte.gz"
@@ -18,6 +18,7 @@ DEFLATE = 1032                      # no byte of a gzip file unpacks to more tha
 
 
 def found(folder):
+    """Whether a folder holds a file of images in IDX."""
     return any(Path(folder).glob("*" + IMAGES))
 
 
@@ -38,13 +39,13 @@ def read(folder, split, classes=None):
         classes = class_names("data.read_idx", folder / "classes.txt")
     if classes is None:                                             # digits, unless the labels go on
         classes = tuple(str(k) for k in range(max(10, 1 + max(int(y.max(initial=0)) for *_, y, _ in parts))))
-    examples, none = [], (np.zeros((0, 4)), np.zeros(0, np.int64), np.zeros(0, bool))
+    examples = []
     for name, pixels, y, path in parts:
         if wrong := np.flatnonzero(y >= len(classes)).tolist():
             raise ValueError(f"data.read_idx: {path}: labels must lie in 0..{len(classes) - 1}, got {y[wrong[0]]} of image "
                              f"{wrong[0]}")
         size = pixels.shape[2], pixels.shape[1]
-        examples += [Example(f"{name}{i:05d}", x, size, *none, y[i:i + 1]) for i, x in enumerate(pixels)]
+        examples += [tagged(f"{name}{i:05d}", x, size, k) for i, (x, k) in enumerate(zip(pixels, y))]
     return examples, classes, collections.defaultdict(list)
 
 

@@ -175,8 +175,8 @@ def clip_norm(grads, limit):
 
     norm = sqrt(sum of g^2 over all arrays), added up in float64 after division by the largest |g|, so that no square overflows
     or vanishes; if norm > limit: g = g * limit / norm, else they keep their bits.
-    grads: mapping of name to array. No gradients, or none but zeros: 0.0. Raises ValueError unless limit > 0,
-    FloatingPointError naming a gradient that is not finite; nothing is scaled then. On a GPU array code serves, about 12 launches an
+    grads: mapping of name to float array. No gradients, or none but zeros: 0.0. Raises ValueError unless limit > 0, TypeError for other
+    dtypes, FloatingPointError naming a gradient that is not finite; nothing is scaled then. On a GPU array code serves, about 12 launches an
     array: the norm is a 0-d float64 array there, and NaN, not an error, for gradients that are not finite (the optimisers raise it).
     """
     _positive("optim.clip_norm", limit)

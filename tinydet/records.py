@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from tinydet import images
+from tinydet.files import some
 
 MOST_TEXT = 1 << 26                 # bytes of a text or annotation file: more is no such file
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII)
@@ -73,6 +74,14 @@ def example(name, path, size, objects, index, defects):
             kept[box, c] = difficult
     return Example(name, path, size, np.array([box for box, _ in kept], float).reshape(-1, 4),
                    np.array([index[c] for _, c in kept], np.int64), np.array(list(kept.values()), bool))
+
+
+NO_BOXES = np.zeros((0, 4)), np.zeros(0, np.int64), np.zeros(0, bool)          # of tens of thousands of images: shared
+
+
+def tagged(name, source, size, label):
+    """An Example of a classification set: no boxes, `label` as its one tag."""
+    return Example(name, source, size, *NO_BOXES, np.array([label], np.int64))
 
 
 def fitted(box, size, defects, place, slack=0):
@@ -163,9 +172,3 @@ def each_once(op, owner, names):
     if twice := [n for n, count in collections.Counter(names).items() if count > 1]:
         raise ValueError(f"{op}: {owner} must name each image once, got {twice[0]} more than once")
     return names
-
-
-def some(names, most=8):
-    """Names in one line, the first few of many."""
-    names = [str(n) for n in names]
-    return ", ".join([*names[:most], f"and {len(names) - most} more"] if len(names) > most else names) or "none"

@@ -191,7 +191,7 @@ def table(found):
                 line += f"{r['boxes']:7}  {edges[0]:>33} {edges[1]:>33} {aspect:>20} {area:>26}"
             yield line
         for what, where in s["defects"].items():
-            yield f"  defect: {where['count']} {what}: {some(where['first'] + [''] * (where['count'] - len(where['first'])), FIRST)}"
+            yield f"  defect: {where['count']} {what}: {some(where['first'] + [''] * (where['count'] - len(where['first'])), most=FIRST)}"
         if not s["defects"]:
             yield "  defects: none"
     for name, error in found["errors"].items():
@@ -203,7 +203,7 @@ def table(found):
             yield f"{told} images: not looked for among more than {MOST_COMPARED}"
             continue
         yield f"{told} images: {len(groups)} groups, {found[kind + '_across']} across splits" + (
-            f": {some([' = '.join(g['images'][:3]) for g in groups], FIRST)}" if groups else "")
+            f": {some([' = '.join(g['images'][:3]) for g in groups], most=FIRST)}" if groups else "")
 
 
 def sheet(examples, classes, seed=0):

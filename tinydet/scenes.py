@@ -5,7 +5,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from tinydet import checks
-from tinydet.data import Example
+from tinydet.records import Example, tagged
 
 CLASSES = ("cross", "disk", "ring", "square", "star", "triangle")
 SMALLEST, LARGEST = 16, 84          # side of a shape in pixels: a factor of 5.25
@@ -76,12 +76,12 @@ def items(count, seed, split="train", side=40):
 
     Image i depends on (seed, split, i) and side alone. Shapes are slightly turned, as in scenes.
     """
-    made, none = [], (np.zeros((0, 4)), np.zeros(0, np.int64), np.zeros(0, bool))
+    made = []
     for i in range(count):
         rng = np.random.default_rng([seed, *split.encode(), i])
         label, angle = int(rng.integers(len(CLASSES))), rng.uniform(-TURN, TURN)
         cover = _cover(shape(CLASSES[label], side / 2, side / 2, side * rng.uniform(0.6, 0.9), angle), side, side)
-        made.append(Example(f"{split}{i:05d}", (255 * cover).astype(np.uint8), (side, side), *none, np.array([label])))
+        made.append(tagged(f"{split}{i:05d}", (255 * cover).astype(np.uint8), (side, side), label))
     return made
 
 
@@ -106,12 +106,12 @@ def close_ups(count, seed, split="train", classes=NEAR + FAR, side=32):
         raise TypeError(f"{op}: split must be a name, got {split!r}")
     if not classes or any(c not in NEAR + FAR for c in classes) or len(set(classes)) < len(classes):
         raise ValueError(f"{op}: classes must be different names out of NEAR and FAR, at least one, got {classes!r}")
-    made, none = [], (np.zeros((0, 4)), np.zeros(0, np.int64), np.zeros(0, bool))
+    made = []
     for i in range(count):
         rng = np.random.default_rng([seed, *split.encode(), i])
         label = int(rng.integers(len(classes)))
         image = _close_up(*classes[label].split(), side, rng)
-        made.append(Example(f"{split}{i:05d}", image, (side, side), *none, np.array([label])))
+        made.append(tagged(f"{split}{i:05d}", image, (side, side), label))
     return made
 
 

@@ -17,6 +17,7 @@ DEPTH = 50                          # of nested XML elements
 
 
 def found(folder):
+    """Whether a folder holds Annotations/."""
     return os.path.isdir(Path(folder) / "Annotations")
 
 

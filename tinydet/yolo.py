@@ -14,6 +14,7 @@ SLACK = 1.0                         # pixels that rounding may put a corner outs
 
 
 def found(folder):
+    """Whether a folder holds label folders where a YOLO set has them."""
     return bool(_folders(folder))
 
 

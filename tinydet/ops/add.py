@@ -20,7 +20,7 @@ def forward(a, b):
 
 
 def backward(dy, cache):
-    """da = db = dy: both are the array dy itself, not copies."""
+    """da = db = dy: both are the array dy itself, not copies. Raises ValueError or TypeError where dy does not fit the cache."""
     checks.gradient("add.backward", *cache, dy)
     return dy, dy
 

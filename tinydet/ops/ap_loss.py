@@ -11,7 +11,7 @@ from numba import get_num_threads, njit, prange
 from tinydet import checks, cuda
 from tinydet.backend import array_module, pick, scalar
 from tinydet.ops import scan, sort
-from tinydet.ops.logistic_loss import small
+from tinydet.ops.logistic_loss import as_int8
 
 MOST = 1 << 20          # positives on a GPU: what it keeps for each is allocated before their number is known
 FINE, CELLS = 8, 1 << 18        # of the table that shortens searches on the CPU: cells for each edge, cells at most
@@ -93,7 +93,7 @@ def _constants(count, delta):
 
 
 def _ap_loss_numba(scores, labels, delta, interpolated):
-    x, y = np.ascontiguousarray(scores).reshape(-1), np.ascontiguousarray(small(labels)).reshape(-1)
+    x, y = np.ascontiguousarray(scores).reshape(-1), np.ascontiguousarray(as_int8(labels)).reshape(-1)
     order = np.flatnonzero(y == 1)
     if len(order) == 0:
         return 0.0, np.zeros(scores.shape, scores.dtype)
@@ -241,7 +241,7 @@ def _ap_loss_cuda(scores, labels, delta, interpolated):
     xp, n = array_module(scores), scores.size
     if n == 0:
         return scalar(xp.zeros((), np.float64)), xp.zeros(scores.shape, scores.dtype)
-    x, y = xp.ascontiguousarray(scores).reshape(-1), xp.ascontiguousarray(small(labels)).reshape(-1)
+    x, y = xp.ascontiguousarray(scores).reshape(-1), xp.ascontiguousarray(as_int8(labels)).reshape(-1)
     reach, slope, scale, unit = _constants(n, delta)
     count, order = xp.asarray((y == 1).sum()), sort.argsort(xp.where(y == 1, x, x.dtype.type(np.nan)))      # NaN comes last
     y, C = y.view(np.uint8), min(n, MOST)

@@ -47,6 +47,7 @@ def backward(dy, cache):
     dbeta = sum dy, dgamma = sum dy * h, dx = gamma / sqrt(var + eps) * (dy - dbeta / m - h * dgamma / m) in training,
     because mean and var depend on x too; frozen: dx = gamma / sqrt(var + eps) * dy. With relu, dy counts as 0 where not y > 0;
     y is made again from x, which costs less than to read it.
+    dy: the shape and dtype of x, as dx; dgamma, dbeta: (C,). Raises ValueError or TypeError where dy does not fit the cache.
     """
     x = cache[0]
     checks.same_shape("batch_norm.backward", x.shape, dy=dy)

@@ -29,7 +29,10 @@ def forward(xs, axis=-1):
 
 
 def backward(dy, cache):
-    """The gradients of xs, in order, as a list: the parts of dy (views of it)."""
+    """The gradients of xs, in order, as a list: the parts of dy (views of it).
+
+    dy: the shape and dtype of y. Raises ValueError or TypeError where dy does not fit the cache.
+    """
     sizes, axis, shape, dtype = cache
     checks.gradient("concat.backward", shape, dtype, dy)
     parts, start = [], 0

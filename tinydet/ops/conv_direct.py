@@ -136,7 +136,7 @@ def weight_gradient(x, dy, shape, stride, pad, dilation):
     each, threads = kh * (kw if dilation > 1 else 1) * rounded * P, config.NUMBA_NUM_THREADS
     with workspace.borrow(x.dtype, parts * panels * each, threads * (deep * wide * C + rounded + rows * ow * P)) as (sums, local):
         sums = sums.reshape(parts, panels, kh, -1, rounded, P)
-        _weight_gradient(x, dy, sums, local.reshape(threads, -1), rows, deep, wide, kw, stride, pad[0], pad[2], dilation, run, lanes)
+        _weight_gradient(x, dy, sums, local.reshape(threads, -1), rows, deep, wide, stride, pad[0], pad[2], dilation, run, lanes)
         total = sums.sum(0)[..., :run, :]                               # (panels, kh, 1 or kw, run, P)
         return np.ascontiguousarray(total.reshape(panels, kh, kw, C, P).transpose(1, 2, 3, 0, 4).reshape(kh, kw, C, -1)[..., :Cout])
 
@@ -253,7 +253,7 @@ def _depth_to_space(deep, dx, top, left, lanes):
 
 
 @simd.jit
-def _weight_gradient(x, dy, sums, local, rows, deep, wide, kw, stride, top, left, dilation, run, lanes):
+def _weight_gradient(x, dy, sums, local, rows, deep, wide, stride, top, left, dilation, run, lanes):
     parts, panels, kh, taps, rounded, P = sums.shape
     (N, oh, ow, Cout), C = dy.shape, x.shape[3]
     strips = -(-oh // rows)

@@ -25,14 +25,17 @@ def forward(x, p, rng, by_map=False, inverted=True):
 
 
 def forward_test(x, p):
-    """Test time of classical dropout: y = x * (1 - p). Inverted dropout is the identity there. Returns y and cache."""
+    """Test time of classical dropout: y = x * (1 - p). Inverted dropout is the identity there. Returns y and cache.
+
+    x, p and errors: as in forward.
+    """
     _check("dropout.forward_test", x, p)
     factor = x.dtype.type(1 - p)
     return x * factor, (x.shape, factor)
 
 
 def backward(dy, cache):
-    """dx = dy * mask, with the mask (or factor) of the forward pass. dy: the shape and dtype of x."""
+    """dx = dy * mask, with the mask (or factor) of the forward pass. dy: the shape and dtype of x; ValueError or TypeError for others."""
     shape, mask = cache
     checks.gradient("dropout.backward", shape, mask.dtype, dy)
     return dy * mask

@@ -3,7 +3,7 @@ import numpy as np
 
 from tinydet import checks, cuda
 from tinydet.backend import array_module, pick, scalar
-from tinydet.ops.logistic_loss import sigmoid, small, softplus
+from tinydet.ops.logistic_loss import as_int8, sigmoid, softplus
 
 
 def loss(x, labels, alpha=0.25, gamma=2.0, normalizer=None):
@@ -51,7 +51,7 @@ def _loss_numpy(x, labels, yes, no, gamma, normalizer):
 def _loss_cuda(x, labels, yes, no, gamma, normalizer):
     xp, shape, blocks = array_module(x), x.shape, -(-x.size // 1024)    # np.ascontiguousarray gives an axis to what has none
     positives = xp.asarray((labels == 1).sum()) if normalizer is None else cuda.empty(x, (), np.int64)
-    x, labels = xp.ascontiguousarray(x), xp.ascontiguousarray(small(labels)).view(np.uint8)
+    x, labels = xp.ascontiguousarray(x), xp.ascontiguousarray(as_int8(labels)).view(np.uint8)
     dx, partials = cuda.empty(x, shape), cuda.empty(x, blocks, np.float64)
     how = x.size, 0 if normalizer is None else float(normalizer), float(yes), float(no), float(gamma)
     cuda.launch("focal_loss.cu", "focal_loss_entries", (x, labels, positives, dx, partials, *how), grid=blocks)

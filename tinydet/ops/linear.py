@@ -18,7 +18,10 @@ def forward(x, w, b):
 
 
 def backward(dy, cache, need_dw=True):
-    """dx = dy @ w^T, dw = x^T @ dy, db = sum_r dy. dy: (R, Cout). need_dw=False skips dw and db (None), as for a frozen layer."""
+    """dx = dy @ w^T, dw = x^T @ dy, db = sum_r dy. need_dw=False skips dw and db (None), as for a frozen layer.
+
+    dy: (R, Cout), the dtype of x. Raises ValueError or TypeError where dy does not fit the cache.
+    """
     x, w = cache
     checks.same_shape("linear.backward", (len(x), w.shape[1]), dy=dy)
     checks.same_dtype("linear.backward", x=x, dy=dy)

@@ -52,12 +52,12 @@ def softplus(x):
 
 def _loss_cuda(x, labels, signed):
     xp, blocks = array_module(x), -(-x.size // 1024)
-    x, labels = xp.ascontiguousarray(x), xp.ascontiguousarray(small(labels)).view(np.uint8)
+    x, labels = xp.ascontiguousarray(x), xp.ascontiguousarray(as_int8(labels)).view(np.uint8)
     dx, partials = cuda.empty(x, x.shape), cuda.empty(x, blocks, np.float64)
     cuda.launch("logistic_loss.cu", "logistic_loss_entries", (x, labels, dx, partials, x.size, max(1, len(x)), signed), grid=blocks)
     return scalar(partials.sum()), dx
 
 
-def small(labels):
+def as_int8(labels):
     """Labels as int8, those outside -1..1 as -2 or 2: a plain cast would make 255 an ignored one."""
     return labels if labels.dtype == np.int8 else labels.astype(np.int64, copy=False).clip(-2, 2).astype(np.int8)

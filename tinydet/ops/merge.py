@@ -23,7 +23,7 @@ def merge(boxes, scores, threshold=0.5, mode="mean", match="dissimilarity"):
     boxes: (R, 4), scores: (R,), one float dtype; worked in float64. Ties: the lowest (a, b).
     Returns boxes (M, 4), scores (M,) in the input's dtype, unmerged ones first, in order; members (M,) int64.
     R = 0 gives empty arrays. Time grows as R^2, at worst as R^3. Works on the host, on detections after their copy there: each merge needs the last.
-    Raises ValueError for NaN or infinity, shapes, unknown names; TypeError for dtypes and for arrays on a GPU.
+    Raises ValueError for NaN or infinity, shapes, unknown names, a threshold of NaN; TypeError for dtypes and for arrays on a GPU.
     """
     run = pick(boxes, numpy=_merge_numpy, numba=_merge)
     checks.float_array("merge.merge", "boxes", boxes, "(R, 4)")

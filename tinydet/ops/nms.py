@@ -48,7 +48,10 @@ def as_groups(op, name, groups, boxes):
 
 
 def by_group(groups):
-    """Arrange rows so that each group is one run, in its order. Returns order (R,) and end (R,), where the run of each place ends."""
+    """Arrange rows so that each group is one run, in its order. Returns order (R,) and end (R,), where the run of each place ends.
+
+    groups: (R,) integers, on the host.
+    """
     order = np.argsort(groups, kind="stable")
     return order, np.searchsorted(groups[order], groups[order], "right")
 

@@ -17,7 +17,10 @@ def forward(x):
 
 
 def backward(dy, cache):
-    """dx = dy where x > 0, else 0: the derivative at the kink x = 0 is taken as 0. dy: the shape of y."""
+    """dx = dy where x > 0, else 0: the derivative at the kink x = 0 is taken as 0.
+
+    dy: the shape and dtype of y, as dx. Raises ValueError or TypeError where dy does not fit the cache.
+    """
     checks.same_shape("relu.backward", cache.shape, dy=dy)
     checks.same_dtype("relu.backward", y=cache, dy=dy)
     return pick(dy, numpy=_backward_numpy, numba=_backward_numba, cuda=_backward_numpy)(dy, cache)

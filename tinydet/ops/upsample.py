@@ -27,7 +27,10 @@ def forward(x, factor=2, size=None):
 
 
 def backward(dy, cache):
-    """dx[n,i,j,c] = sum of dy over the copies of that pixel."""
+    """dx[n,i,j,c] = sum of dy over the copies of that pixel.
+
+    dy: the shape and dtype of y. Returns dx (N, H, W, C). Raises ValueError or TypeError where dy does not fit the cache.
+    """
     (N, H, W, C), factor, size, dtype = cache
     checks.gradient("upsample.backward", (N, *size, C), dtype, dy)
     if size != (H * factor, W * factor):
