@@ -131,7 +131,7 @@ def main(args, put):
     def prepare(i):
         rng = np.random.default_rng([args.seed, i])
         views = [retinanet.training_view(spec, examples[j], rng, height, width, args.views, args.upside_down, axes=axes)
-                 for j in rng.choice(len(examples), args.batch, replace=len(examples) < args.batch)]
+                 for j in common.drawn(rng, len(examples), args.batch)]
         return net.normalise(np.stack([v[0] for v in views])), [retinanet.label(spec, boxes, *v[1:]) for v in views]
 
     def step(i, prepared):
@@ -167,7 +167,7 @@ def main(args, put):
     return common.finish(run, args, detections, held_out, classes, ("loss", "class_loss", "box_loss"),
                          lambda path, cut: retinanet.save(net, path, {"testing": dataclasses.asdict(testing), "cut": cut}),
                          testing=dataclasses.asdict(testing), curve=curve,
-                         imbalance=float(np.mean(np.abs(ratios))) if ratios else None, seconds=None if args.resume else round(time.perf_counter() - start))
+                         imbalance=float(np.mean(np.abs(ratios))) if ratios else None, seconds=common.seconds(args, start))
 
 
 if __name__ == "__main__":

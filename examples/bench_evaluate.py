@@ -18,6 +18,8 @@ from pathlib import Path
 
 import tinydet  # noqa: F401                                        # before numpy: sets how BLAS threads wait
 import numpy as np
+import timing
+
 from tinydet import evaluate, files
 from tinydet.coco import annotations, results
 
@@ -102,13 +104,15 @@ def main(args):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=5000)
-    parser.add_argument("--classes", type=int, default=80)
+    parser.add_argument("--images", type=int, default=5000, help="of the set (%(default)s)")
+    parser.add_argument("--classes", type=int, default=80, help="of the set (%(default)s)")
     parser.add_argument("--detections", type=int, default=100, help="an image (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--turns", type=int, default=1)
-    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--seed", type=int, default=0, help="of the set (%(default)s)")
+    parser.add_argument("--turns", type=int, default=1, help="timed turns (%(default)s)")
+    parser.add_argument("--json", metavar="FILE", help="write the figures here")
+    args = parser.parse_args()
+    timing.check_json(parser, args.json)
     try:
-        main(parser.parse_args())
+        main(args)
     except ImportError as error:
         sys.exit(f"error: {error} (pip install pycocotools)")

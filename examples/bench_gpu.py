@@ -18,10 +18,10 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import tinydet                                                      # before numpy: sets how BLAS threads wait
 import numpy as np
+import timing
 
 from tinydet import files, optim, to_numpy
 from tinydet.layers import Layer
@@ -382,8 +382,7 @@ def arguments(argv=None):
     args.turns = 10 if args.quick else args.turns
     if args.turns < 1 or args.sets < 1:
         parser.error(f"--turns and --sets must be at least 1, got {args.turns}, {args.sets}")
-    if args.json and not Path(args.json).resolve().parent.is_dir():
-        parser.error(f"the folder of --json {args.json} must exist")
+    timing.check_json(parser, args.json)
     return args
 
 

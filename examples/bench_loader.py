@@ -17,6 +17,7 @@ from pathlib import Path
 
 import tinydet  # noqa: F401                                        # before numpy: sets how BLAS threads wait
 import numpy as np
+import timing
 from PIL import Image
 
 from tinydet import augment, data, files, images, loader, scenes
@@ -83,14 +84,16 @@ if __name__ == "__main__":
     a = parser.add_argument
     a("--data", metavar="FOLDER", help="a PASCAL VOC folder (default: generated scenes in a temporary folder)")
     a("--set", default="train", help="its image set (%(default)s)")
-    a("--chain", choices=("ssd", "flip_and_scale"), default="ssd", help="(%(default)s)")
+    a("--chain", choices=("ssd", "flip_and_scale"), default="ssd", help="what is done to an image: SSD's augmentation, or mirrored and scaled (%(default)s)")
     a("--size", type=int, default=512, help="side, or short side, of what comes out (%(default)s)")
-    a("--batch", type=int, default=8, help="(%(default)s)")
+    a("--batch", type=int, default=8, help="images of a batch (%(default)s)")
     a("--steps", type=int, default=12, help="batches a turn (%(default)s)")
     a("--step", type=float, default=0, metavar="MS", help="what the caller waits after every batch (%(default)s)")
-    a("--workers", type=int, nargs="+", default=[0, 1, 2, 3], help="(%(default)s)")
-    a("--turns", type=int, default=7, help="(%(default)s)")
-    a("--seed", type=int, default=0)
-    a("--json", metavar="FILE")
+    a("--workers", type=int, nargs="+", default=[0, 1, 2, 3], help="numbers of background threads to try (0 1 2 3)")
+    a("--turns", type=int, default=7, help="timed turns (%(default)s)")
+    a("--seed", type=int, default=0, help="of the batches (%(default)s)")
+    a("--json", metavar="FILE", help="write the figures here")
     with tempfile.TemporaryDirectory() as folder:
-        main(parser.parse_args(), folder)
+        args = parser.parse_args()
+        timing.check_json(parser, args.json)
+        main(args, folder)

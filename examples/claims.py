@@ -54,6 +54,7 @@ from pathlib import Path
 
 import common                                                       # before numpy, as tinydet: sets how BLAS threads wait
 import numpy as np
+import timing
 import tinydet
 from scipy import stats
 
@@ -197,13 +198,13 @@ def weights_of(run):
 def jobs_of(args, table):
     """Jobs of the arms by (data set, arm, seed), seed by seed, after those that they need, and those of the benchmarks by name."""
     runs, benches, python = {}, {}, sys.executable
-    common = ["--backend", args.backend]
+    shared = ["--backend", args.backend]
 
     def add(name, arm, seed):
         if (name, arm, seed) not in runs:
             program, options = program_of(table, name, arm, args.quick)
             needs = {word: add(*key, seed) for word, key in needed(options).items()}
-            run, options = f"{name}-{slug(arm)}-{seed}", [*options, *common, "--seed", str(seed)]
+            run, options = f"{name}-{slug(arm)}-{seed}", [*options, *shared, "--seed", str(seed)]
             there = [weights_of(needs[word].name) if word in needs else word for word in options]
             here = [str(needs[word].folder / "weights.npz") if word in needs else word for word in options]
             embedded = name in getattr(table, "EMBEDDED", ())
@@ -217,7 +218,7 @@ def jobs_of(args, table):
             for arm in arms:
                 add(name, arm, seed)
     for name, (program, *settings) in getattr(table, "BENCH", {}).items():
-        settings = [*settings, *getattr(table, "QUICK_BENCH", []) * args.quick, *common]
+        settings = [*settings, *getattr(table, "QUICK_BENCH", []) * args.quick, *shared]
         job = Job(f"bench-{slug(name)}", [program, *settings], [], args.folder)
         benches[name] = dataclasses.replace(job, command=[python, str(HERE / program), *settings, "--json", str(job.result)])
     return runs, benches
@@ -630,8 +631,6 @@ def arm_summary(jobs, keys=()):
     steps = sorted(set.intersection(*map(set, curves)))
     names = [k for k in curves[0][steps[0]] if k != "step"] if steps else []
     curve = [{"step": s, **{k: mean([c[s].get(k) for c in curves]) for k in names}} for s in steps]
-    of_any_seed = {weights_of(need.name): weights_of(need.name.rpartition("-")[0] + "-S") for need in first.needs}
-    words = [of_any_seed.get(word, word) for word in first.shown[1:-1]]
     variants = results_of(first).get("also", {})
     if detector:
         key = "mean AP50"
@@ -641,15 +640,21 @@ def arm_summary(jobs, keys=()):
         key = next((k for k in keys if k in names), None)
         told = {"figures": figures(list(results.values())), "last two of": key,
                 "also": {v: figures([r.get("also", {}).get(v, {}) for r in results.values()]) for v in variants}}
-    return {"command": " ".join(["python examples/" + first.shown[0], *words, "S"]), "seeds": list(results), **told,
+    return {"command": command_of(first), "seeds": list(results), **told,
             "seconds": [r.get("seconds") for r in results.values()], "curve": curve,
             "last two": [record.get(key) for record in curve[-2:]] if key else []}
+
+
+def command_of(job):
+    """The command of an arm's run, for any seed: S stands for it, also in the runs whose weights it takes."""
+    of_any_seed = {weights_of(need.name): weights_of(need.name.rpartition("-")[0] + "-S") for need in job.needs}
+    return " ".join(["python examples/" + job.shown[0], *(of_any_seed.get(word, word) for word in job.shown[1:-1]), "S"])
 
 
 def figures(results):
     """{key: its numbers in all results} for the numbers in the first, but the time; None where a result has no finite one."""
     return {k: [r[k] if type(r.get(k)) in (int, float) and math.isfinite(r[k]) else None for r in results]
-            for k, v in results[0].items() if type(v) in (int, float) and k != "seconds"}
+            for k, v in results[0].items() if type(v) in (int, float) and k not in ("seconds", "training_seconds", "memory_MB")}
 
 
 def mean(values):
@@ -788,8 +793,7 @@ def arguments(argv=None):
     args.seeds = args.seeds or [0, 1, 2][:1 if args.quick else 3]
     if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds) or args.jobs < 1:
         parser.error(f"--seeds must be different and not negative, --jobs at least 1, got {args.seeds} and {args.jobs}")
-    if args.json and not args.json.resolve().parent.is_dir():
-        parser.error(f"--json {args.json} must be a file in a folder that exists")
+    timing.check_json(parser, args.json)
     args.folder = (args.out / (args.paper + "-quick" * args.quick)).resolve()
     args.json = args.json or args.folder / "claims.json"
     return args

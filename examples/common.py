@@ -3,6 +3,7 @@ import argparse
 import json
 import math
 import sys
+import time
 from pathlib import Path
 
 import tinydet                                                      # before numpy: sets how BLAS threads wait
@@ -15,6 +16,7 @@ from tinydet import augment, canvases, data, draw, evaluate, evaluate_classifica
 # What published weights want to see: mean and std of RGB pixels in 0..255, and whether the first convolution in the file sees BGR
 PIXELS = {"caffe": ((122.7717, 115.9465, 102.9801), (1.0, 1.0, 1.0), True),
           "torchvision": (tuple(255 * v for v in (0.485, 0.456, 0.406)), tuple(255 * v for v in (0.229, 0.224, 0.225)), False)}
+LABELLED = "images of one class each (PASCAL VOC, YOLO, COCO or class folders), or IDX files put on clutter (default: "        # help of --data
 
 
 def count(text):
@@ -24,17 +26,17 @@ def count(text):
     return int(text)
 
 
-def add_arguments(parser, name):
-    """The arguments of every training program; name: that of its runs."""
+def add_arguments(parser, name, data="a PASCAL VOC, YOLO or COCO folder (default: embedded scenes)"):
+    """The arguments of every training program; name: that of its runs; data: help of --data."""
     a = parser.add_argument
-    a("--data", metavar="FOLDER", help="a PASCAL VOC, YOLO or COCO folder (default: embedded scenes)")
+    a("--data", metavar="FOLDER", help=data)
     a("--scenes", type=count, default=400, help="embedded scenes to train on; a quarter as many are evaluated, unless another option says how many (%(default)s)")
     a("--train-set", default="train", help="image set to train on (%(default)s)")
     a("--eval-set", default="val", help="image set to evaluate; without a val list, a seeded fifth of the training set (%(default)s)")
     a("--seed", type=int, default=0, help="of weights, training images and order (%(default)s)")
     a("--workers", type=int, choices=range(17), default=1, metavar="N", help="threads that prepare images ahead, 0..16 (%(default)s)")
     a("--backend", choices=tinydet.backend.BACKENDS, default="numba", help="cuda: on a GPU; emulated: its kernels on the CPU, slowly (%(default)s)")
-    a("--checkpoint-every", type=count, default=50, metavar="STEPS", help="(%(default)s)")
+    a("--checkpoint-every", type=count, default=50, metavar="STEPS", help="steps between checkpoints (%(default)s)")
     a("--name", default=name, help="name of the run (%(default)s)")
     a("--out", default="runs", metavar="FOLDER", help="where run folders lie (%(default)s)")
     a("--resume", action="store_true", help="continue the run of this name")
@@ -139,6 +141,16 @@ def kept_images(examples, short):
     return image
 
 
+def drawn(rng, count, n):
+    """n of so many examples at random, (n,) integers: different ones, unless there are fewer than n."""
+    return rng.choice(count, n, replace=count < n)
+
+
+def seconds(args, start):
+    """Whole seconds since start, a time.perf_counter(); None of a run that was resumed."""
+    return None if args.resume else round(time.perf_counter() - start)
+
+
 def records(detections, examples, classes):
     """Detections as the JSON list that examples/detect.py --json gives, for an evaluator."""
     return [{"image": e.name, "class": classes[int(k)], "box": [float(v) for v in box], "score": float(s)}
@@ -217,7 +229,8 @@ def finish(run, args, detections, examples, classes, losses, save, **more):
 def keep_results(run, args, figures):
     """Write results.json into the run folder, the last file of a run: "set", the figures and what training took.
 
-    "training_seconds": in train.fit alone, evaluation left out, null of a run that was resumed; "memory_MB": the most that this process has held.
+    "training_seconds": in train.fit, and for the features of frozen layers that are kept, without evaluation; null of a run
+    that was resumed. "memory_MB": the most that this process has held, evaluation included.
     Says where all lies, returns what it wrote.
     """
     seconds = None if args.resume or run.seconds is None else round(run.seconds, 3)

@@ -1,7 +1,7 @@
 """Side by side: the ways to train a detector, on the same data, with one evaluator, from scratch, on the same budget.
 
     python examples/compare.py --quick                              # a smoke run: a few steps of every method on the embedded scenes
-    python examples/compare.py --full                               # the embedded scenes, three seeds: about a quarter of an hour on two cores
+    python examples/compare.py --full                               # the embedded scenes, three seeds: about forty minutes on two cores
     python examples/compare.py --full --data FOLDER --sets scenes bccd apple-orchard playing-cards      # the data sets in FOLDER, too: hours
     python examples/compare.py --full --data FOLDER --sets bccd --test              # once, when all is settled: the test sets, too
     python examples/compare.py --full --data FOLDER --sets bccd --report            # no runs: the tables and pictures of what is there
@@ -9,10 +9,17 @@
 The budget counts the pixels of training images that pass through the trunk (MEGAPIXELS; a kept map passes once): the same for every method on a
 data set, what comes before included, the net that the mAP loss starts from and the source net of weak supervision. Pixels, not seconds, for
 seconds differ from run to run; the plot shows the seconds. The settings below were chosen on validation images (examples/claims_*.py, and seed 0
-here); nobody got more than its budget, so that a method which is not done learning by then shows that, too.
+here), mostly for other numbers of steps; nobody gets more than its budget, so that a method which is not done learning by then shows that, too. How
+large images are fed is a setting of each method and changes how many steps it gets: scenes and apples are enlarged for Fast R-CNN and RetinaNet.
+Each method detects as its program does by default: Fast R-CNN keeps what scores above 0.05, after the mAP loss all.
+
+Times: "training" is of train.fit and of features that are kept, without evaluation, the median of the seeds, --jobs runs at a time with an equal share of
+the cores; "detection" the median of one image after another, on all cores. Memory is the most that the process of a run has held, evaluation and
+pictures included.
 
 Weak supervision sees image labels, no boxes: it is measured by places (is the middle of the best box of a class on an object of it? AP over the
-images), and so is everyone. It needs images that hold a class and images that do not, so that bccd and apple-orchard have no row of it.
+images), and so is everyone. It needs images that hold a class and images that do not, so that bccd and apple-orchard have no row of it. Its
+source net has seen other images: close-ups of shapes, the scenes' among them.
 
 Everything goes to <out>/compare (--quick: compare-quick): the runs (their logs, settings and weights as claims.py keeps them), judged/ (figures and
 detections of every net), compare.json, compare.md (the table), time_<data set>.png (AP50 against training time) and sheet_<data set>.jpg (the
@@ -25,6 +32,7 @@ import signal
 import sys
 import time
 import types
+import zlib
 from pathlib import Path
 
 import claims
@@ -42,14 +50,15 @@ MEGAPIXELS = {"scenes": 160, "bccd": 160, "apple-orchard": 160, "playing-cards":
 # {data set: (pixels of a step, options)}
 OVERFEAT = {"scenes": (32 * 72**2, ["--window", "24"]), "bccd": (32 * 96**2, ["--window", "32"]),
             "apple-orchard": (32 * 72**2, ["--window", "24"]), "playing-cards": (12 * 192**2, ["--window", "64", "--batch", "12", "--no-mirror"])}
-FAST_RCNN = {"scenes": (8 * 128**2, []), "bccd": (2 * 240 * 320, ["--nms", "0.4"]),
+# Fast R-CNN's images of a batch are filled up to the tallest and the widest: where sizes differ, the mean of many batches, counted
+FAST_RCNN = {"scenes": (212_000, []), "bccd": (2 * 240 * 320, ["--nms", "0.4"]),
              "apple-orchard": (2 * 480**2, ["--nms", "0.4", "--share", "0.9", "--short", "480"]),
-             "playing-cards": (2 * 240 * 320, ["--batch", "256"])}
+             "playing-cards": (185_000, ["--batch", "256"])}
 RETINANET = {"scenes": (16 * 192**2, []), "bccd": (8 * 288 * 384, ["--upside-down"]),
              "apple-orchard": (8 * 320**2, ["--size", "320", "320", "--upside-down"]), "playing-cards": (8 * 288 * 384, [])}
 # The net that the mAP loss starts from gets what is left when every training image has passed once as it is, and once mirrored: those maps are kept
-MAP = {"scenes": (2 * 400 * 128**2, []), "bccd": (2 * 205 * 240 * 320, ["--scores", "raw", "--lr", "0.003", "--score-weight", "0.03"]),
-       "apple-orchard": (2 * 149 * 480**2, []), "playing-cards": (2 * 237 * 240 * 320, ["--lr", "0.0001"])}
+MAP = {"scenes": (15_120_000, []), "bccd": (2 * 205 * 240 * 320, ["--scores", "raw", "--lr", "0.003", "--score-weight", "0.03"]),
+       "apple-orchard": (2 * 149 * 480**2, []), "playing-cards": (38_250_000, ["--lr", "0.0001"])}
 # The source net, of embedded close-ups, gets what is left when every training image has passed at the scales that are kept
 CLOSE_UPS = 64 * 32**2
 WEAK = {"scenes": (400 * 96**2 * sum(np.geomspace(0.7, 1.4, 6)**2), "@scenes/source", ["--steps", "2000"]),
@@ -149,30 +158,42 @@ def probe(asked, put):
 
 
 def looked(job, args, which, most=None):
-    """probe() of a run's net, made once: its answer, and the path of its detections."""
+    """probe() of a run's net, made once for its weights: its answer, and the path of its detections."""
     path, detections = (args.folder / "judged" / f"{job.name}-{which}{ending}.json" for ending in ("", "-detections"))
-    if not path.exists():
+    if not is_judged(job, args, which):
         path.parent.mkdir(exist_ok=True)
         asked = {**files.read_json(job.folder / "config.json"), "eval_set": which, "most": most, "backend": args.backend,
                  "weights": str(job.folder / "weights.npz"), "detections": str(detections)}
-        files.write(path, json.dumps(timing.fresh(__file__, ["--probe", json.dumps(asked)])) + "\n")
+        told = timing.fresh(__file__, ["--probe", json.dumps(asked)])
+        files.write(path, json.dumps({**told, "weights": checksum(job)}) + "\n")
     return files.read_json(path), detections
 
 
+def is_judged(job, args, which):
+    """Whether looked() has its answer, of the weights that the run has now."""
+    path = args.folder / "judged" / f"{job.name}-{which}.json"
+    return path.exists() and files.read_json(path)["weights"] == checksum(job)
+
+
+def checksum(job):
+    return zlib.crc32((job.folder / "weights.npz").read_bytes())
+
+
 def row_of(name, method, jobs, args):
-    """A method on a data set, with the figures of every seed. jobs: {seed: Job}, all done; with args.test the test set is looked at, too."""
+    """A method on a data set, with the figures of every seed. jobs: {seed: Job}, all done. The test set is told if args.test says so, or if it was
+    looked at before with every seed's net; else "test" is None."""
     first = next(iter(jobs.values()))
     told, _ = looked(first, args, "val", LOOKED)
-    found = {"val": [], "test": []}
+    test, found = args.test or all(is_judged(job, args, "test") for job in jobs.values()), {"val": [], "test": []}
     for job in jobs.values():
         config = files.read_json(job.folder / "config.json")
         found["val"].append(judged(job.folder / "detections.json", config, "val"))
-        if args.test or (args.folder / "judged" / f"{job.name}-test.json").exists():
+        if test:
             found["test"].append(judged(looked(job, args, "test")[1], config, "test"))
     parts = [[claims.results_of(part) for part in (*job.needs, job)] for job in jobs.values()]
     seconds = [[r.get("training_seconds") for r in results] for results in parts]
     return {"data": name, "method": method, "seeds": list(jobs), "steps": config["steps"], "parameters": told["parameters"], "ms": told["ms"],
-            "commands": [" ".join(["python examples/" + part.shown[0], *part.shown[1:-1], "S"]) for part in (*first.needs, first)],
+            "commands": [claims.command_of(part) for part in (*first.needs, first)],
             "training_seconds": [None if None in s else sum(s) for s in seconds],                   # of a run that was stopped it is not known
             "memory_MB": [max(r["memory_MB"] for r in results) for results in parts],
             **{which: {k: [figures[k] for figures in some] for k in some[0]} if some else None for which, some in found.items()}}
@@ -201,35 +222,48 @@ def shown(values, form, scale=1.0):
 def markdown(found):
     """Lines of markdown: a table a data set."""
     lines = []
-    for name, budget in found["megapixels"].items():
-        rows = [r for r in found["rows"] if r["data"] == name]
-        if not rows:
-            continue
-        lines += [f"**{name}**, {budget} megapixels a net:", "",
-                  "| method | AP50, val | AP50, test | AP, test | places, test | training, s | detection, ms an image | memory, MB | parameters |",
-                  "| --- " + "| ---: " * 8 + "|"]
+    for name, rows in by_set(found):
+        figures = [("val", "AP50"), *((set_of(rows), k) for k in ("AP50", "AP", "places"))][set_of(rows) == "val":]
+        lines += [f"**{name}**, {budget_of(found, name)}:", "",
+                  f"| method | {' | '.join(f'{k}, {which}' for which, k in figures)} | training, s | detection, ms | memory, MB | parameters |",
+                  "| --- " + "| ---: " * (len(figures) + 4) + "|"]
         for r in rows:
-            points = [shown((r[which] or {}).get(k), ".1f", 100) for which, k in (("val", "AP50"), ("test", "AP50"), ("test", "AP"), ("test", "places"))]
-            cells = [*points, shown(r["training_seconds"], ".0f"), f"{r['ms']:.0f}", f"{max(r['memory_MB'])}", f"{r['parameters']:,}"]
-            lines.append(f"| {r['method']} | {' | '.join(cells)} |")
+            known = [s for s in r["training_seconds"] if s is not None]
+            cells = [*(shown(r[which][k], ".1f", 100) for which, k in figures), f"{np.median(known):.0f}" if known else "-",
+                     f"{r['ms']:.0f}", f"{max(r['memory_MB'])}", f"{r['parameters']:,}"]
+            seeds = "" if r["seeds"] == found["seeds"] else f" (seeds {' '.join(map(str, r['seeds']))})"
+            lines.append(f"| {r['method']}{seeds} | {' | '.join(cells)} |")
         lines.append("")
     return lines[:-1]
 
 
+def by_set(found):
+    """(data set, its rows) for those that have rows."""
+    pairs = ((name, [r for r in found["rows"] if r["data"] == name]) for name in found["megapixels"])
+    return [(name, rows) for name, rows in pairs if rows]
+
+
+def set_of(rows):
+    """The image set that is shown: "test" if all rows have looked at it."""
+    return "test" if all(r["test"] for r in rows) else "val"
+
+
+def budget_of(found, name):
+    return "two steps" if found["quick"] else f"{found['megapixels'][name]} megapixels a net"
+
+
 def pictures(found, runs, args):
     """Draw, for each data set, AP50 against training time, and the same images as every method sees them."""
-    for name in found["megapixels"]:
-        rows = [r for r in found["rows"] if r["data"] == name]
-        if not rows:
-            continue
-        which = "test" if all(r["test"] for r in rows) else "val"
-        figure, axes = draw.plot("training, seconds", f"mean AP50, {which}", f"{name}: {MEGAPIXELS[name]} megapixels a net, {len(found['seeds'])} seeds")
+    for name, rows in by_set(found):
+        which = set_of(rows)
+        figure, axes = draw.plot("training, seconds", f"mean AP50, {which}", f"{name}: {budget_of(found, name)}, seeds {' '.join(map(str, found['seeds']))}")
         for r in rows:
             points = [(t, ap) for t, ap in zip(r["training_seconds"], r[which]["AP50"]) if None not in (t, ap)]
             if points:
                 axes.plot(*zip(*points), linestyle="", marker="o", color=draw.COLOURS[list(METHODS).index(r["method"])], label=r["method"])
         axes.set_xlim(left=0)
-        axes.legend(fontsize="small")
+        if axes.lines:
+            axes.legend(fontsize="small")
         draw.save(figure, args.folder / f"time_{name}.png")
         draw.save(sheet(name, rows, which, runs, args), args.folder / f"sheet_{name}.jpg")
 
@@ -258,7 +292,7 @@ def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a = parser.add_argument
     a("--data", type=Path, metavar="FOLDER", help="holds the data sets in folders by their names")
-    a("--sets", nargs="+", choices=MEGAPIXELS, default=["scenes"], metavar="SET", help=f"of {', '.join(MEGAPIXELS)} (%(default)s)")
+    a("--sets", nargs="+", choices=MEGAPIXELS, default=["scenes"], metavar="SET", help=f"of {', '.join(MEGAPIXELS)} (scenes)")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="a smoke run: two steps of everything, one seed")
     size.add_argument("--full", action="store_true", help="what README shows")
@@ -299,8 +333,10 @@ def main(args):
             if name != "scenes" and "test" not in data.splits(args.data / name):
                 raise ValueError(f"compare: --test needs a test set in {args.data / name}, got {', '.join(data.splits(args.data / name))}")
     if not args.report:
-        args.only = args.only and [*args.only, *BEFORE]
-        claims.run_all(args, runs, {})
+        wanted = {key: job for key, job in runs.items() if not args.only or key[1] in args.only}
+        needed = [need.name for job in wanted.values() for need in job.needs]
+        chosen = {key: job for key, job in runs.items() if key in wanted or job.name in needed}
+        claims.run_all(argparse.Namespace(**{**vars(args), "only": None}), chosen, {})
     elif not args.folder.is_dir():
         raise FileNotFoundError(f"compare: --report needs runs, got no folder {args.folder}")
     found = report(args, table, runs)

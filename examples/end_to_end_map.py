@@ -151,7 +151,7 @@ def main(args, put):
     def prepare(i):
         rng = np.random.default_rng([args.seed, i])
         views = []
-        for j in rng.choice(len(examples), args.batch, replace=len(examples) < args.batch).tolist():
+        for j in common.drawn(rng, len(examples), args.batch).tolist():
             mirrored = bool(rng.integers(2))
             p = picture(j, mirrored)
             windows = p.proposals
@@ -204,7 +204,7 @@ def main(args, put):
     settings = {"windows": source if isinstance(source, dict) else None, "testing": dataclasses.asdict(testing)}
     return common.finish(run, args, detections, held_out, classes, ("loss", "map_loss") if args.loss == "map" else ("loss",),
                          lambda path, cut: fast_rcnn.save(net, path, {**settings, "cut": cut}), testing=settings["testing"], curve=curve,
-                         seconds=None if args.resume else round(time.perf_counter() - start))
+                         seconds=common.seconds(args, start))
 
 
 def softmax_step(net, views, sampler, rng):

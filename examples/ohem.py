@@ -9,9 +9,11 @@
 The preset trains on trainval and evaluates test; python -m tinydet.evaluate --voc VOC2007 --set test --metric 11 runs/<name>/detections.json then
 gives the 11-point average precision of the papers.
 
-Everything goes to runs/<name>/: config.json, metrics.jsonl, curve.json (average precision and the mean loss of all regions while it trained),
-checkpoint.npz, weights.npz (for examples/detect.py), detections.json, results.json, regions/ (those that trained, drawn), loss.png, curve.png,
-precision_recall.png, detections.png, false_positives/. A run that was stopped goes on with --resume.
+Everything goes to runs/<name>/: config.json, metrics.jsonl, checkpoint.npz, weights.npz (for examples/detect.py), detections.json (with
+--also-iterate detections_iterate.json, too), results.json, loss.png, precision_recall.png, detections.png, false_positives/, and
+curve.json, curve.png   average precision and the mean loss of all regions while it trained
+regions/<step>.png      the regions that trained at a step
+A run that was stopped goes on with --resume.
 """
 import argparse
 import dataclasses
@@ -144,7 +146,7 @@ def main(args, put):
     def prepare(i):
         rng = np.random.default_rng([args.seed, i])
         images, answers, objects = zip(*(view(j, rng, jitter=args.jitter, most=args.most)
-                                         for j in rng.choice(len(examples), args.images, replace=len(examples) < args.images)))
+                                         for j in common.drawn(rng, len(examples), args.images)))
         return images, answers, objects, rng
 
     def step(i, prepared):
@@ -153,11 +155,15 @@ def main(args, put):
         images, answers, objects, rng = prepared
         values, chosen = fast_rcnn.step(net, put(fast_rcnn.batch(net, images)), answers, sampler, rng)
         if i % args.draw_every == 0:
-            pictures = [draw.regions(image, r.boxes[c], r.labels[c], spec.background, objects, max(1, 480 / max(image.shape[:2])))
-                        for image, r, c, objects in zip(images, answers, map(backend.to_numpy, chosen), objects)]
-            (run.folder / "regions").mkdir(exist_ok=True)
-            draw.save(draw.sheet(pictures, min(4, len(pictures))), run.folder / "regions" / f"{i:06d}.png")
+            show(i, images, answers, chosen, objects)
         return values
+
+    @run.aside
+    def show(i, images, answers, chosen, objects):
+        pictures = [draw.regions(image, r.boxes[c], r.labels[c], spec.background, objects, max(1, 480 / max(image.shape[:2])))
+                    for image, r, c, objects in zip(images, answers, map(backend.to_numpy, chosen), objects)]
+        (run.folder / "regions").mkdir(exist_ok=True)
+        draw.save(draw.sheet(pictures, min(4, len(pictures))), run.folder / "regions" / f"{i:06d}.png")
 
     # The mean loss of all regions is that of the first images of the training set, unmirrored, without jittered copies, the same ones at every
     # measurement; with several --short all at the one that this generator draws, not to be compared with runs at another
@@ -176,7 +182,7 @@ def main(args, put):
     detections, curve = measure(args.steps)
     draw.measurements(curve, ("mean AP50", "all_loss"), run.folder / "curve.png")
     more = {"testing": dataclasses.asdict(testing), "all_loss": curve[-1]["all_loss"], "curve": curve,
-            "seconds": None if args.resume else round(time.perf_counter() - start)}
+            "seconds": common.seconds(args, start)}
     if args.also_iterate:
         again = dataclasses.replace(testing, iterate=True)
         found = [fast_rcnn.detect(net, e.image(), p, again) for e, p in zip(held_out, test_regions)]

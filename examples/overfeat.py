@@ -4,8 +4,10 @@
     python examples/overfeat.py --data FOLDER --name cells      # train on its split "train", evaluate on "val"
     python examples/overfeat.py --data FOLDER --weights runs/overfeat_classify/weights.npz      # fine-tune a classifier
 
-Everything goes to runs/<name>/: config.json, metrics.jsonl, checkpoint.npz, weights.npz (for examples/detect.py),
-detections.json, results.json, curve.json and pictures. A run that was stopped goes on with --resume.
+Everything goes to runs/<name>/: config.json, metrics.jsonl, checkpoint.npz, weights.npz (for examples/detect.py), detections.json (with
+--also-nms detections_nms.json, too), results.json, loss.png, precision_recall.png, detections.png, false_positives/, and
+curve.json, curve.png   average precision while it trained (--measure-every)
+A run that was stopped goes on with --resume.
 """
 import argparse
 import json
@@ -81,7 +83,7 @@ def main(args, put):
 
     def prepare(i):
         rng = np.random.default_rng([args.seed, i])
-        batch = rng.choice(len(examples), args.batch, replace=len(examples) < args.batch)
+        batch = common.drawn(rng, len(examples), args.batch)
         images, targets, *pairs = zip(*(overfeat_detect.training_view(spec, examples[j], rng, side, args.near_object, mirrored) for j in batch))
         offset = tuple(rng.integers(spec.layers.pool, size=2))      # one offset of the last pooling a step: coarse stride
         coarser = overfeat_detect.coarser(spec, pairs[0], offset) if args.context else None
@@ -110,7 +112,7 @@ def main(args, put):
 
     detections, curve = measure(args.steps)
     draw.measurements(curve, ("mean AP50",), run.folder / "curve.png")
-    more = {**combining, "curve": curve, "seconds": None if args.resume else round(time.perf_counter() - start)}
+    more = {**combining, "curve": curve, "seconds": common.seconds(args, start)}
     if args.also_nms:
         found = detect(merging="nms", threshold=THRESHOLDS["nms"])
         files.write(run.folder / "detections_nms.json", json.dumps(common.records(found, held_out, classes)))

@@ -46,7 +46,7 @@ MEASURED = 300                      # images of the evaluation set, evenly from 
 def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a = parser.add_argument
-    common.add_arguments(parser, "overfeat_classify")
+    common.add_arguments(parser, "overfeat_classify", common.LABELLED + "painted shapes)")
     common.add_canvas_arguments(parser)
     a("--preset", choices=PRESETS, help="the paper's settings; those given beside it win")
     a("--table", choices=overfeat.TABLES, default="small", help="the net (%(default)s)")
@@ -157,7 +157,7 @@ def main(args, put):
 
     def prepare(i):
         rng = np.random.default_rng([args.seed, i])
-        batch = rng.choice(len(examples), args.batch, replace=len(examples) < args.batch)
+        batch = common.drawn(rng, len(examples), args.batch)
         views = [overfeat.training_view(net.table, image_of(j), rng, args.short) for j in batch]
         return net.normalise(np.stack(views)), labels[batch], rng
 
@@ -193,7 +193,7 @@ def main(args, put):
     captions = [f"{kind} layer, filters {w.shape}" for kind, w in (("first", first), ("second", second))]
     draw.save(draw.sheet(pictures, 1, captions), run.folder / "filters.png")
     return common.keep_results(run, args, {"images": len(held_out), **also.pop(MAIN), "also": also, "curve": curve,
-                                           "seconds": None if args.resume else round(time.perf_counter() - start)})
+                                           "seconds": common.seconds(args, start)})
 
 
 if __name__ == "__main__":

@@ -6,7 +6,10 @@
     python examples/overfeat_localize.py --data FOLDER --weights runs/NAME/weights.npz      # the classifier of that data
 
 Everything goes to runs/<name>/: config.json, metrics.jsonl, checkpoint.npz, weights.npz (classifier and regressor), results.json,
-curve.json, wrong.json (per evaluation image: 1 if wrong), wrong_<variant>.json and pictures; boxes.png shows what merging does.
+loss.png, and
+wrong.json, wrong_<variant>.json    image by image, 1 if the answer is wrong
+curve.json, curve.png               error while it trained, of at most 200 images
+boxes.png                           in some images what merging does
 The variants are VARIANTS: the centre window alone, fewer scales, coarse stride, the literal mean, no merging, the true class given.
 A run that was stopped goes on with --resume.
 """
@@ -39,7 +42,7 @@ EVALUATION = "flip", "match", "threshold", "least_probability", "measure_every"
 def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a = parser.add_argument
-    common.add_arguments(parser, "overfeat_localize")
+    common.add_arguments(parser, "overfeat_localize", common.LABELLED + "painted shapes)")
     common.add_canvas_arguments(parser)
     a("--weights", metavar="FILE", help="the classifier (default: <out>/overfeat_classify/weights.npz)")
     a("--regressor", choices=("SCR", "PCR"), default="SCR", help="one box a window, or one for each class (%(default)s)")
@@ -51,7 +54,7 @@ def arguments(argv=None):
     a("--least", type=float, default=0.5, help="overlap from which a window trains (%(default)s)")
     a("--train-all", action="store_true", help="trunk and classifier train, too, with the classes of those windows")
     a("--lr", type=float, default=0.05, help="largest learning rate (%(default)s)")
-    a("--clip", type=float, default=1.0, help="largest norm of the gradient (%(default)s)")
+    a("--clip", type=float, default=1.0, help="limit of the norm of all gradients together (%(default)s)")
     a("--momentum", type=float, default=0.9, help="(%(default)s)")
     a("--weight-decay", type=float, default=1e-5, help="(%(default)s)")
     a("--flip", action="store_true", help="evaluate on the mirrored images, too")
@@ -233,7 +236,7 @@ def main(args, put):
         figures[name] = {**common.keep_wrong(run, name, wrong(guesses, held_out)), "milliseconds": round(milliseconds[name], 2)}
         print("{:12}{:10.3f}{:10.3f}{:12.3f}{:12.3f}{:10.1f}".format(name or "six scales", *figures[name].values()))
     return common.keep_results(run, args, {**figures.pop(""), "merging": merging, "curve": curve, "also": figures,
-                                           "seconds": None if args.resume else round(time.perf_counter() - start)})
+                                           "seconds": common.seconds(args, start)})
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ SHORT = 256 / 224                   # short side of training images, of the wind
 def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a = parser.add_argument
-    common.add_arguments(parser, "pretrain")
+    common.add_arguments(parser, "pretrain", common.LABELLED + "embedded close-ups)")
     a("--preset", choices=PRESETS, help="the paper's settings; those given beside it win")
     a("--classes", choices=CLASSES, default="all", help="of the close-ups: the scenes' shapes, others, or both (%(default)s)")
     a("--images", type=common.count, default=6000, help="close-ups, or items of IDX files on clutter, to train on; a tenth as many are evaluated (%(default)s)")
@@ -108,7 +108,7 @@ def main(args, put):
 
     def prepare(i):
         rng = np.random.default_rng([args.seed, i])
-        batch = rng.choice(len(examples), args.batch, replace=len(examples) < args.batch)
+        batch = common.drawn(rng, len(examples), args.batch)
         return np.stack([overfeat.training_view(net.table, image_of(j), rng, short) for j in batch]), labels[batch], rng
 
     def step(i, prepared):
@@ -145,7 +145,7 @@ def main(args, put):
     draw.save(sheet(held_out, true, p, classes), run.folder / "sheet.png")
     draw.save(draw.filters(to_numpy(next(iter(net.params.values())))), run.folder / "filters.png")
     return common.keep_results(run, args, {"images": len(held_out), **errors, "curve": curve,
-                                           "seconds": None if args.resume else round(time.perf_counter() - start)})
+                                           "seconds": common.seconds(args, start)})
 
 
 if __name__ == "__main__":

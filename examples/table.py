@@ -1,4 +1,4 @@
-"""Mean and spread over runs that differ in the seed alone: the tables in README.
+"""Mean and spread over runs of a detector that differ in the seed alone: the tables in README.
 
     python examples/table.py runs/cells-0 runs/cells-1 runs/cells-2 --json results.json
 

@@ -10,7 +10,7 @@ is the mean over its patches of y^k (sec. 3.3), its map the mean (or sum) of y o
 once. Everything goes to runs/<name>/: config.json, metrics.jsonl, checkpoint.npz, weights.npz, results.json, loss.png, precision_recall.png, and
 features-<number>.npy                   of the frozen layers; the number stands for these layers and the patches
 ranking.json, ranking_<variant>.json    what average precision is made of: with other k, the whole image alone, the sum of y, the image's middle
-curve.json, curve.png                   average precision by image while it trained
+curve.json, curve.png                   average precision by image while it trained, from the start
 maps.png, maps_training.png, maps/      where it sees a class, and how that came about
 false_positives/                        for each class the images without it that score highest
 With --patches boxes a patch is judged for each given box, and there are no maps; the background, which has no example then, keeps its output.
@@ -47,7 +47,7 @@ def arguments(argv=None):
     a = parser.add_argument
     common.add_arguments(parser, "transfer")
     image_level.add_arguments(parser)
-    a("--preset", choices=PRESETS, help="settings of the paper; those given beside it win")
+    a("--preset", choices=PRESETS, help="the paper's settings; those given beside it win")
     a("--patches", choices=("tiles", "boxes"), default="tiles", help="a grid over the image, or one for each given box (%(default)s)")
     a("--lambdas", type=float, nargs="+", default=[1, 1.6, 2.4, 3.2, 4], help="patches have sides min(W, H) / lambda (%(default)s; the paper has nine)")
     a("--overlap", type=float, default=0.5, help="least share of a patch that its neighbour covers, too (%(default)s)")
@@ -57,7 +57,7 @@ def arguments(argv=None):
     a("--reduce", choices=("mean", "sum"), default="mean", help="maps: over the patches that cover a pixel (%(default)s, the paper; its slides: sum)")
     a("--steps", type=common.count, help="training steps (3000; --preset: its epochs)")
     a("--batch", type=common.count, default=64, help="patches a step (%(default)s)")
-    a("--lr", type=float, default=0.05, help="first learning rate (%(default)s)")
+    a("--lr", type=float, default=0.05, help="first learning rate; a tenth after each third of the steps (%(default)s)")
     a("--momentum", type=float, default=0.9, help="(%(default)s)")
     a("--weight-decay", type=float, default=5e-4, help="(%(default)s)")
     a("--dropout", type=float, default=0.2, help="of FC7 and FCa (%(default)s)")
@@ -221,12 +221,14 @@ def main(args, put):
     common.settle(args, len(labels), 3000)
     optimizer = optim.SGD(net, args.momentum, args.weight_decay)
     run = train.Run(Path(args.out) / args.name, common.settings(args, "measure_every", "tolerance", "k", "reduce"), args.resume)
+    before = time.perf_counter()
     y = None if args.trains == "all" else features(args, run, net, patches, image, boxes)
+    took = time.perf_counter() - before
     rest = oquab.rest(net, args.trains)
 
     def prepare(i):
         rng = np.random.default_rng([args.seed, i])
-        batch = rng.choice(len(labels), args.batch, replace=len(labels) < args.batch)
+        batch = common.drawn(rng, len(labels), args.batch)
         x = y[batch] if y is not None else net.normalise(np.concatenate([patches.of(image[j], boxes[j:j + 1]) for j in batch]))
         return x, labels[batch], rng
 
@@ -254,6 +256,7 @@ def main(args, put):
     third = args.steps // 3
     schedule = optim.step_schedule(args.lr, [third, 2 * third] if third else [], 0.1)
     train.fit(run, net, optimizer, schedule, args.steps, step, args.checkpoint_every, prepare, args.workers)
+    run.seconds += took
     oquab.save(net, run.folder / "weights.npz", {"lambdas": args.lambdas, "overlap": args.overlap, "k": args.k})
     draw.loss_curves(run.metrics(), ("loss",), run.folder / "loss.png")
     curve = measure(args.steps)
@@ -271,7 +274,7 @@ def main(args, put):
             return np.moveaxis(heat(args, held_out[i], *seen[i]), 2, 0)
         image_level.finish(run, args, held_out, classes, scores, maps, points, found)
     return common.keep_results(run, args, {"images": len(held_out), **found.pop(""), "also": found, "curve": curve, "patches": len(labels),
-                                           "seconds": None if args.resume else round(time.perf_counter() - start)})
+                                           "seconds": common.seconds(args, start)})
 
 
 if __name__ == "__main__":

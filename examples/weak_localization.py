@@ -11,7 +11,7 @@ Training sees which classes an image holds, not where; the boxes of the data are
 Evaluation, at six scales: average precision by image, by place (one point an image and class), of boxes made from the maps.
 Everything goes to runs/<name>/: config.json, metrics.jsonl, checkpoint.npz, weights.npz, results.json, loss.png, precision_recall.png, and
 ranking.json, ranking_<variant>.json    what average precision is made of: at one scale alone, of maps stretched, of the image's middle
-curve.json, curve.png                   average precision by image while it trained
+curve.json, curve.png                   average precision by image while it trained, from the start
 maps.png, maps_training.png, maps/      where it sees a class (sigmoid of the score), and how that came about
 false_positives/                        for each class the images without it that score highest
 detections.json                         the boxes
@@ -47,7 +47,7 @@ def arguments(argv=None):
     a = parser.add_argument
     common.add_arguments(parser, "weak_localization")
     image_level.add_arguments(parser)
-    a("--preset", choices=PRESETS, help="settings of the paper; those given beside it win")
+    a("--preset", choices=PRESETS, help="the paper's settings; those given beside it win")
     a("--frame", type=common.count, default=96, metavar="PIXELS", help="longer side of an image at scale 1 (%(default)s)")
     a("--masked", action="store_true", help="strong + weak: where the image holds a class, the max looks at cells in its boxes alone")
     a("--whole", action="store_true", help="the frame is one window, at one scale")
@@ -168,12 +168,14 @@ def main(args, put):
     print(summary(net, (1, args.frame, args.frame, 3)), flush=True)
     cached = args.cached if args.trains == "head" else 0
     factors = np.geomspace(low, high, cached).tolist() if cached != 1 else [1.0]
+    before = time.perf_counter()
     kept = features(args, net, frames, factors, put) if cached else []
+    took = time.perf_counter() - before
     rest = oquab.rest(net, args.trains)
 
     def prepare(i):
         rng = np.random.default_rng([args.seed, i])
-        batch = rng.choice(len(examples), args.batch, replace=len(examples) < args.batch)
+        batch = common.drawn(rng, len(examples), args.batch)
         if cached:
             n = int(rng.integers(cached))
             return kept[n][batch], factors[n], batch, rng
@@ -201,6 +203,7 @@ def main(args, put):
 
     schedule = (lambda i: args.lr) if args.optimizer == "adagrad" else optim.cosine_schedule(args.lr, args.steps, args.steps // 20)
     train.fit(run, net, optimizer, schedule, args.steps, step, args.checkpoint_every, prepare, args.workers)
+    run.seconds += took
     draw.loss_curves(run.metrics(), ("loss",), run.folder / "loss.png")
     curve = measure(args.steps)
     draw.measurements(curve, ("class_ap",), run.folder / "curve.png")
@@ -213,7 +216,7 @@ def main(args, put):
         return logistic_loss.sigmoid(np.moveaxis(look(args, net, unseen, i)[1], 2, 0))
     image_level.finish(run, args, held_out, classes, scores, maps, points, found)
     return common.keep_results(run, args, {"images": len(held_out), **found.pop(""), "also": found, "curve": curve,
-                                           "seconds": None if args.resume else round(time.perf_counter() - start)})
+                                           "seconds": common.seconds(args, start)})
 
 
 if __name__ == "__main__":

@@ -412,7 +412,7 @@ def test_a_wrong_table_is_told_before_anything_runs(place, tmp_path, change, mes
 
 def test_wrong_options(place, capsys, tmp_path):
     for options, message in ((["--full", "--seeds", "0", "0"], "--seeds must be different"), (["--full", "--jobs", "0"], "--jobs at least 1"),
-                             (["--full", "--json", str(tmp_path / "no" / "a.json")], "a folder that exists"), ([], "--quick --full is required")):
+                             (["--full", "--json", str(tmp_path / "no" / "a.json")], "must exist"), ([], "--quick --full is required")):
         with pytest.raises(SystemExit):
             place(*options)
         assert message in capsys.readouterr().err

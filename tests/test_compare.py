@@ -1,9 +1,11 @@
 """examples/compare.py: the budgets add up, what is judged is what was found, and a report of runs made by hand."""
+import importlib
 import json
 import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +13,9 @@ from PIL import Image
 
 import tinydet
 from tinydet import data, scenes
-from tinydet.models import retinanet
+from tinydet.models import oquab, oquab_weak, retinanet
+
+from conftest import real
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 sys.path.append(str(EXAMPLES))
@@ -25,26 +29,61 @@ def option(words, name):
     return int(words[words.index(name) + 1])
 
 
+def sizes_of(name):
+    """(height, width) of the training images; the first hundred scenes stand for all four hundred."""
+    if name == "scenes":
+        examples = 4 * scenes.scenes(100, 0, "train")
+    else:
+        examples, _, _ = common.read(SimpleNamespace(data=str(real(name)), train_set="train", eval_set="val"))
+    return [e.size[::-1] for e in examples]
+
+
+def scaled(sizes, short):
+    """As augment.scale makes them."""
+    return [tuple(math.floor(side * short / min(size) + 0.5) for side in size) for size in sizes]
+
+
+@pytest.mark.filterwarnings("ignore::tinydet.records.DefectWarning")
 @pytest.mark.parametrize("name", compare.MEGAPIXELS)
 def test_every_method_gets_the_budget_of_its_data_set(name):
-    budget = 1e6 * compare.MEGAPIXELS[name]
+    """Pixels as the programs make them of the arguments, image sizes and batches; where sizes differ 3000 batches are drawn."""
+    budget, sizes = 1e6 * compare.MEGAPIXELS[name], sizes_of(name)
+
+    def spent(words, sets=name):
+        """Pixels of the steps, and of a step."""
+        program = importlib.import_module(words[0].removesuffix(".py"))
+        args = program.arguments([*words[1:], *([] if sets == "scenes" else ["--data", "folder"])])
+        rng = np.random.default_rng(0)
+        if words[0] == "overfeat.py":
+            a_step = args.batch * (args.crop or 3 * args.window) ** 2
+        elif words[0] == "ap_loss.py":
+            a_step = args.batch * args.size[0] * args.size[1]
+        elif words[0] == "pretrain.py":
+            a_step = args.batch * oquab.TABLES["small"].window ** 2
+        else:                                                       # ohem.py: filled up to the largest of the batch
+            images = np.array(scaled(sizes, *args.short))
+            batches = images[np.stack([common.drawn(rng, len(images), args.images) for _ in range(3000)])]
+            a_step = args.images * batches.max(1).prod(1).mean()
+        return args.steps * a_step, a_step
+
     for method, options in compare.METHODS.items():
         if name not in options:
             assert method == "weak supervision" and name in ("bccd", "apple-orchard")
             continue
         words = options[name]
-        spent = {"overfeat.py": compare.OVERFEAT, "ohem.py": compare.FAST_RCNN, "ap_loss.py": compare.RETINANET}.get(words[0])
-        if spent:
-            a_step = spent[name][0]
-            assert abs(option(words, "--steps") * a_step - budget) <= a_step / 2
-        elif words[0] == "end_to_end_map.py":                       # maps of all images as they are and mirrored, and the net before
-            a_step, before = compare.FAST_RCNN[name][0], compare.BEFORE["before mAP"][name]
+        if words[0] == "end_to_end_map.py":                         # maps of all images as they are and mirrored, and the net before
             assert f"@{name}/before mAP" in words
-            assert abs(option(before, "--steps") * a_step + compare.MAP[name][0] - budget) <= a_step / 2
-        else:
+            before = compare.BEFORE["before mAP"][name]
+            short = importlib.import_module("ohem").arguments([*before[1:], *([] if name == "scenes" else ["--data", "folder"])]).short
+            (steps, a_step), kept = spent(before), 2 * sum(h * w for h, w in scaled(sizes, *short))
+        elif words[0] == "weak_localization.py":
             where, arm = next(w for w in words if w.startswith("@"))[1:].split("/")
-            before = compare.BEFORE[arm][where]
-            assert abs(option(before, "--steps") * 64 * 32**2 + compare.WEAK[name][0] - budget) <= 32 * 32**2
+            args = importlib.import_module("weak_localization").arguments([w for w in words[1:] if w != "--weights" and "@" not in w])
+            factors = np.geomspace(*oquab_weak.TRAIN_SCALES, args.cached)
+            (steps, a_step), kept = spent(compare.BEFORE[arm][where], where), len(sizes) * sum(np.floor(args.frame * factors + 0.5) ** 2)
+        else:
+            (steps, a_step), kept = spent(words), 0
+        assert abs(steps + kept - budget) <= a_step + 0.03 * budget, (method, (steps + kept) / budget)
 
 
 def test_the_runs_are_those_of_the_programs_and_share_what_comes_before(tmp_path):
@@ -135,9 +174,12 @@ def test_a_report_tells_what_was_found(done, capsys):
     assert focal["test"] is None and focal["ms"] > 0 and focal["parameters"] > 1e5 and len(of_map["commands"]) == 2
     assert focal["commands"] == [f"python examples/ap_loss.py --workers 0 --measure-every 1000000 --loss focal --steps {focal['steps']} "
                                  "--backend numba --seed S"]
+    assert "--weights RUNS/scenes-before-map-S/weights.npz" in of_map["commands"][1] and of_map["commands"][1].endswith("--seed S")
     assert json.loads(args.json.read_text()) == found and "scenes-overfeat-0" in found["missing"]
     table = (args.folder / "compare.md").read_text()
-    assert "| RetinaNet, focal |" in table and " | 10 ± 1 | " in table and table.strip() in capsys.readouterr().out
+    assert "AP50, test" not in table and "| places, val |" in table and table.strip() in capsys.readouterr().out
+    cells = next(line for line in table.splitlines() if "focal" in line).strip("| ").split(" | ")
+    assert cells[:2] + cells[3:5] == ["RetinaNet, focal", "100.0 ± 0.0", "100.0 ± 0.0", "10"] and cells[6] == "100"        # the median of 10 and 11, to even
     with Image.open(args.folder / "sheet_scenes.jpg") as sheet, Image.open(args.folder / "time_scenes.png"):
         assert sheet.width > 2 * 320 and sheet.height > 3 * 200
 
@@ -154,8 +196,18 @@ def test_the_test_set_is_looked_at_once_and_other_images_are(done, monkeypatch):
     asked.clear()
     again = compare.main(args)
     assert not asked and again["rows"] == found["rows"]
+    assert "| AP50, test | AP, test | places, test |" in (args.folder / "compare.md").read_text()
     args.test = False                                               # what is there is shown
-    assert compare.main(args)["rows"] == found["rows"]
+    assert compare.main(args)["rows"] == found["rows"] and not asked
+    net = runs["scenes", "RetinaNet, focal", 1].folder / "weights.npz"
+    other, _ = retinanet.load(net)
+    other.arrays()["scores.out.b" if "scores.out.b" in other.arrays() else next(iter(other.arrays()))][...] += 1
+    retinanet.save(other, net, {"testing": {"short": 64, "longest": 128}, "cut": {}})
+    alone = compare.main(args)["rows"]                              # other weights: one seed of the test set is not that of the method
+    assert alone[1]["test"] is None and alone[0]["test"] and not asked
+    assert "AP50, test" not in (args.folder / "compare.md").read_text()
+    args.test = True
+    assert compare.main(args)["rows"][1]["test"] and [(a["eval_set"], a["weights"]) for a in asked] == [("test", str(net))]
 
 
 def test_a_run_that_was_stopped_has_no_training_time(done):
@@ -164,7 +216,21 @@ def test_a_run_that_was_stopped_has_no_training_time(done):
     job.result.write_text(json.dumps({**json.loads(job.result.read_text()), "training_seconds": None}))
     found = compare.main(args)
     assert found["rows"][1]["training_seconds"] == [10, None]
-    assert [line.split(" | ")[5] for line in compare.markdown(found) if "focal" in line] == ["-"]
+    assert [line.split(" | ")[4] for line in compare.markdown(found) if "focal" in line] == ["10"]
+    job.result.unlink()
+    found = compare.main(args)
+    assert any("| RetinaNet, focal (seeds 0) |" in line for line in compare.markdown(found)) and job.name in found["missing"]
+
+
+def test_only_runs_the_methods_named_and_what_they_start_from(monkeypatch, tmp_path):
+    started = []
+    monkeypatch.setattr(claims, "run_all", lambda args, runs, benches: started.extend(job.name for job in runs.values()))
+    for method, names in (("OverFeat", ["scenes-overfeat"]), ("Fast R-CNN, mAP loss", ["scenes-before-map", "scenes-fast-r-cnn-map-loss"])):
+        started.clear()
+        args = compare.arguments(["--full", "--out", str(tmp_path), "--only", method])
+        args.folder.mkdir(exist_ok=True)
+        compare.main(args)
+        assert sorted(started) == sorted(f"{name}-{s}" for name in names for s in range(3)) and args.only == [method]
 
 
 @pytest.mark.parametrize("words, told", [
