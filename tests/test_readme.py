@@ -46,3 +46,26 @@ def test_links_to_sections_lead_there():
     headings = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)", re.sub(r"```.*?```", "", README, flags=re.S), re.M)}
     linked = set(re.findall(r"\]\(#([^)]+)\)", README))
     assert len(linked) >= 5 and linked <= headings, linked - headings
+
+
+def places(text):
+    """(file, name) of every place that a table's cell names: `file.py`: `name`, `Class.name`, ..., also of several files in a row."""
+    found, file = [], None
+    for quoted in re.findall(r"`([^`]+)`", text):
+        if re.fullmatch(r"[\w/.]+\.(py|cu)", quoted):
+            file = next((p for p in (quoted, f"tinydet/{quoted}", f"tinydet/models/{quoted}") if (ROOT / p).is_file()), quoted)
+        elif file and re.fullmatch(r"[A-Za-z_][\w.]*(\[\"\w+\"\])?", quoted):
+            found.append((file, re.sub(r"\[.*", "", quoted)))
+    return found
+
+
+def test_the_steps_of_the_papers_are_where_readme_says():
+    """Every function, class, method, field or constant of the tables "step | formula or rule | code | whose" is defined in its file."""
+    tables = re.findall(r"^\| step \| formula or rule \| code \| whose \|\n(?:\|.*\n)+", README, re.M)
+    rows = [row.replace(r"\|", "") for table in tables for row in table.splitlines()[2:]]
+    named = {place for row in rows for place in places(row.split(" | ")[2])}
+    assert len(tables) == 5 and len(rows) > 80 and len(named) > 120
+    for file, name in sorted(named):
+        text = (ROOT / file).read_text()
+        for part in name.split("."):
+            assert re.search(rf"(def|class|void|real|int|double) {part}\b|^\s*{part}\b[^=(\n]*=[^=]|^\s*{part}: |self\.{part}\b.*=|[(,] *{part}=", text, re.M), (file, name)
