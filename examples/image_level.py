@@ -25,7 +25,7 @@ def add_arguments(parser):
     a("--table", choices=oquab.TABLES, help="the net of --start random (small); else it is that of the weights")
     a("--width", type=float, help="factor on its channels (1)")
     a("--adapt", type=common.count, metavar="UNITS", help="of FCa (default: that of the net: 2048, small 128)")
-    a("--tolerance", type=float, metavar="PIXELS", help="a place counts in a box that is grown by it (18, as in the paper; small 4, half its stride)")
+    a("--tolerance", type=float, metavar="PIXELS", help="a place counts in a box that is grown by it (18, the paper's, unverified; small 4, half its stride)")
     a("--measure-every", type=common.count, metavar="STEPS", help="average precision, and maps of some images (default: a fifth of the steps)")
     parser.set_defaults(epochs=None, scratch={})                    # of presets: in place of steps; fields of the Spec of --start random
 

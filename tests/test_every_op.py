@@ -132,11 +132,11 @@ def test_backward_may_run_twice(backend, case):
 def test_backward_refuses_what_is_no_gradient_of_its_result(case):
     forward, backward, inputs = drawn(case)
     y, cache = forward(*inputs)[:2]
-    for dy, error, message in ((np.ones(y.shape, int), TypeError, r"dy must be float32 or float64, got int64|dtypes must agree"),
+    for dy, error, message in ((np.ones(y.shape, int), TypeError, r"d[sy] must be float32 or float64, got int64|dtypes must agree"),
                                (np.ones((*y.shape, 2)), ValueError, r"d[sy] must have shape"), ([1.0], TypeError, "d[sy] must be an array, got list")):
         with pytest.raises(error, match=rf"^\w+\.backward: .*({message})"):
             backward(dy, cache)
-    with pytest.raises(TypeError, match=r"^\w+\.backward: (dy must be float64, as the result was, got float32|dtypes must agree)"):
+    with pytest.raises(TypeError, match=r"^\w+\.backward: (d[sy] must be float64, as the result was, got float32|dtypes must agree)"):
         backward(y.astype(np.float32), cache)
 
 
