@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
 import fake_cupy
-from tinydet import data, draw, emulate, evaluate, optim, scenes, use
+from tinydet import data, draw, emulate, evaluate, optim, scenes, train, use
 from tinydet import evaluate_classification as ec
 from tinydet.models import oquab, oquab_patches, oquab_weak, overfeat
 from tinydet.ops import logistic_loss, softmax_loss
@@ -491,6 +492,20 @@ def test_whole_images_are_one_window(out, source, tmp_path, monkeypatch):
     with use("numba"):
         scores = np.array([net(oquab_weak.frame(net, e.image(), 32)[0][None])[0, 0, 0] for e in scenes.scenes(2, 0, "val")])
     check_scores(read(folder / "ranking.json"), "class_ap", scores, rtol=1e-4)
+
+
+@pytest.mark.parametrize("program", (transfer, weak), ids=lambda program: program.__name__)
+def test_features_that_are_kept_count_as_training(program, source, tmp_path, monkeypatch):
+    clock, original = [0.0], program.features
+
+    def slowly(*more):
+        clock[0] += 7.0
+        return original(*more)
+    monkeypatch.setattr(program, "features", slowly)
+    for module in (program, train):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    start(program, tmp_path, "--weights", source / "weights.npz")
+    assert read(tmp_path / NAMES[program] / "results.json")["training_seconds"] == 7.0
 
 
 def test_adaptation_layers_of_3x3(source, tmp_path):
