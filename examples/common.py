@@ -73,11 +73,18 @@ def settings(args, *left_out):
 def read(args):
     """Training and evaluation examples, and the class names."""
     if not args.data:
-        return scenes.scenes(args.scenes, 0, "train"), scenes.scenes(-(-args.scenes // 4), 0, args.eval_set), scenes.CLASSES
+        return scenes.scenes(args.scenes, 0, "train"), *read_held_out(args)
     examples, classes = data.read(args.data, args.train_set)
     if args.eval_set == "val" and "val" not in data.splits(args.data):
         return *data.hold_out(examples, 0.2), classes
     return examples, data.read(args.data, args.eval_set, classes)[0], classes
+
+
+def read_held_out(args):
+    """The evaluation examples alone, and the class names: no embedded scenes to train on are painted."""
+    if not args.data:
+        return scenes.scenes(-(-args.scenes // 4), 0, args.eval_set), scenes.CLASSES
+    return read(args)[1:]
 
 
 KEPT = 2**30                        # bytes of training images that stay in memory

@@ -26,6 +26,7 @@ detections of every net), compare.json, compare.md (the table), time_<data set>.
 same images, detected by every method). A command that was stopped goes on when it is given again.
 """
 import argparse
+import functools
 import json
 import math
 import signal
@@ -124,10 +125,16 @@ def places(detections, examples, classes, tolerance=TOLERANCE):
     return evaluate.mean_ap(evaluate_classification.location_ap(scores, hits, there, classes))
 
 
+@functools.cache
+def examples_of(folder, count, which):
+    """The images of a set of a data set, or of so many embedded scenes to train on, and the class names."""
+    examples, classes = common.read_held_out(argparse.Namespace(data=folder, scenes=count, train_set="train", eval_set=which))
+    return examples, list(classes)
+
+
 def judged(path, config, which):
     """What a file of detections gives on an image set of a run's data, and AP50 by class; None where there is nothing to measure."""
-    _, examples, classes = common.read(argparse.Namespace(**{**config, "eval_set": which}))
-    classes = list(classes)
+    examples, classes = examples_of(config["data"], config["scenes"], which)
     detections, _ = coco.named_results(path, [e.name for e in examples], classes)
     results = evaluate.voc(detections, examples, classes)
     found = {"AP50": evaluate.mean_ap(results), "AP": evaluate.coco_of_examples(detections, examples, classes).summary()["COCO"]["AP"],
@@ -142,8 +149,7 @@ def probe(asked, put):
     asked: what looked() asks.
     """
     given = argparse.Namespace(**asked)
-    _, examples, _ = common.read(given)
-    examples = examples[:given.most]
+    examples = examples_of(given.data, given.scenes, given.eval_set)[0][:given.most]
     net, settings, find = detect.load(argparse.Namespace(weights=given.weights, proposals=None, images=[]), put)
     find(examples[0].image(), examples[0].name)
     found, seconds = [], []
@@ -274,8 +280,9 @@ def sheet(name, rows, which, runs, args):
     for r in [None, *rows]:
         job = runs[name, (r or rows[0])["method"], (r or rows[0])["seeds"][0]]
         told, path = looked(job, args, which, LOOKED if which == "val" else None)
-        _, examples, classes = common.read(argparse.Namespace(**{**files.read_json(job.folder / "config.json"), "eval_set": which}))
-        examples, classes = examples[:told["images"]], list(classes)
+        config = files.read_json(job.folder / "config.json")
+        examples, classes = examples_of(config["data"], config["scenes"], which)
+        examples = examples[:told["images"]]
         detections, _ = coco.named_results(path, [e.name for e in examples], classes)
         for example, (boxes, labels, scores) in list(zip(examples, detections))[:SHOWN]:
             image, cuts = example.image(), np.array([told["cut"].get(classes[k], np.inf) for k in labels])
