@@ -614,8 +614,7 @@ def judge(claim, args, runs, done, benches, resamples):
         method, between, side = "one measurement", None, -differences[0] if claim.lower else differences[0]
         said = None if args.quick else "holds" if side > 0 else "does not hold"
     return {**found, "seeds": seeds, "differences": differences.tolist(), "interval": between, "method": method,
-            "values": {arm: {"each": v.tolist(), "mean": float(v.mean()), "sd": float(v.std(ddof=1)) if len(v) > 1 else None}
-                       for arm, v in values.items()},
+            "values": {arm: {"each": v.tolist(), **spread(v)} for arm, v in values.items()},
             "verdict": said or verdict(between, len(seeds), claim.lower, args.quick)}
 
 
@@ -727,9 +726,7 @@ def markdown(found):
         for row in found["rows"]["rows"]:
             cells = []
             for metric in columns.values():
-                values, (scale, form) = np.array(row["values"][metric]), unit(metric)
-                spread = float(values.std(ddof=1)) if len(values) > 1 else None
-                cells.append(shown({"mean": float(values.mean()), "sd": spread} if len(values) else None, scale, form))
+                cells.append(shown(spread(row["values"][metric]), *unit(metric)))
             lines.append(f"| {row['name']} | {row['paper']} | {row['data']} | {row['arm']} | {' | '.join(cells)} |")
     commands = [each["command"] for group in (*found["arms"].values(), found["benchmarks"]) for each in group.values()]
     runs = "; RUNS holds the runs, <data set>-<arm>-S" * any("RUNS/" in c for c in commands)
@@ -749,6 +746,13 @@ def is_ap(metric):
 def unit(metric):
     """Factor and format in which a metric is shown: APs and errors in points."""
     return (100, ".1f") if metric.endswith("AP50") or is_ap(metric) or is_error(metric) else (1, ".4g")
+
+
+def spread(values):
+    """Mean and standard deviation (n - 1) of numbers: {"mean", "sd"}, sd None of one; None of none, and where one is missing."""
+    if not len(values) or any(v is None for v in values):
+        return None
+    return {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None}
 
 
 def shown(value, scale, form):
@@ -790,13 +794,18 @@ def arguments(argv=None):
     a("--out", type=Path, default=Path("runs/claims"), metavar="FOLDER", help="where the runs go, in a folder of the paper (%(default)s)")
     a("--json", type=Path, metavar="FILE", help="where the figures go (<out>/<paper>/claims.json)")
     args = parser.parse_args(argv)
-    args.seeds = args.seeds or [0, 1, 2][:1 if args.quick else 3]
-    if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds) or args.jobs < 1:
-        parser.error(f"--seeds must be different and not negative, --jobs at least 1, got {args.seeds} and {args.jobs}")
+    settle_seeds(parser, args)
     timing.check_json(parser, args.json)
     args.folder = (args.out / (args.paper + "-quick" * args.quick)).resolve()
     args.json = args.json or args.folder / "claims.json"
     return args
+
+
+def settle_seeds(parser, args):
+    """Set the seeds, if none are given: three, or one with --quick. Refuses them and --jobs where they cannot be."""
+    args.seeds = args.seeds or [0, 1, 2][:1 if args.quick else 3]
+    if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds) or args.jobs < 1:
+        parser.error(f"--seeds must be different and not negative, --jobs at least 1, got {args.seeds} and {args.jobs}")
 
 
 def main(args):
@@ -825,8 +834,8 @@ def terminated(*_):
     raise KeyboardInterrupt
 
 
-if __name__ == "__main__":
-    args = arguments()
+def as_command(main, args):
+    """Run main(args); errors end in one line, and Ctrl-C and SIGTERM say how to go on."""
     signal.signal(signal.SIGTERM, terminated)
     try:
         main(args)
@@ -834,3 +843,7 @@ if __name__ == "__main__":
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(f"\nstopped; the same command goes on from the last checkpoints in {args.folder}")
+
+
+if __name__ == "__main__":
+    as_command(main, arguments())

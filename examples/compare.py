@@ -29,7 +29,6 @@ import argparse
 import functools
 import json
 import math
-import signal
 import sys
 import time
 import types
@@ -217,14 +216,6 @@ def report(args, table, runs):
 
 # What a reader sees
 
-def shown(values, form, scale=1.0):
-    """Mean and spread (n - 1) as text; a dash where one is missing."""
-    if not values or None in values:
-        return "-"
-    spread = f" ± {scale * np.std(values, ddof=1):{form}}" if len(values) > 1 else ""
-    return f"{scale * np.mean(values):{form}}{spread}"
-
-
 def markdown(found):
     """Lines of markdown: a table a data set."""
     lines = []
@@ -235,7 +226,7 @@ def markdown(found):
                   "| --- " + "| ---: " * (len(figures) + 4) + "|"]
         for r in rows:
             known = [s for s in r["training_seconds"] if s is not None]
-            cells = [*(shown(r[which][k], ".1f", 100) for which, k in figures), f"{np.median(known):.0f}" if known else "-",
+            cells = [*(claims.shown(claims.spread(r[which][k]), 100, ".1f") for which, k in figures), f"{np.median(known):.0f}" if known else "-",
                      f"{r['ms']:.0f}", f"{max(r['memory_MB'])}", f"{r['parameters']:,}"]
             seeds = "" if r["seeds"] == found["seeds"] else f" (seeds {' '.join(map(str, r['seeds']))})"
             lines.append(f"| {r['method']}{seeds} | {' | '.join(cells)} |")
@@ -317,9 +308,7 @@ def arguments(argv=None):
         return args
     if not args.quick and not args.full:
         parser.error("name --quick, a smoke run, or --full, what README shows")
-    args.seeds = args.seeds or [0, 1, 2][:1 if args.quick else 3]
-    if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds) or args.jobs < 1:
-        parser.error(f"--seeds must be different and not negative, --jobs at least 1, got {args.seeds} and {args.jobs}")
+    claims.settle_seeds(parser, args)
     if folders := [name for name in args.sets if name != "scenes"]:
         if not args.data:
             parser.error(f"--sets {' '.join(folders)} needs --data, a folder that holds them")
@@ -363,10 +352,4 @@ if __name__ == "__main__":
         with tinydet.use(asked["backend"]) as put:
             print(json.dumps(probe(asked, put)))
         sys.exit()
-    signal.signal(signal.SIGTERM, claims.terminated)
-    try:
-        main(args)
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(f"\nstopped; the same command goes on from the last checkpoints in {args.folder}")
+    claims.as_command(main, args)
