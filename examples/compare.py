@@ -13,9 +13,9 @@ here), mostly for other numbers of steps; nobody gets more than its budget, so t
 large images are fed is a setting of each method and changes how many steps it gets: scenes and apples are enlarged for Fast R-CNN and RetinaNet.
 Each method detects as its program does by default: Fast R-CNN keeps what scores above 0.05, after the mAP loss all.
 
-Times: "training" is of train.fit and of features that are kept, without evaluation, the median of the seeds, --jobs runs at a time with an equal share of
-the cores; "detection" the median of one image after another, on all cores. Memory is the most that the process of a run has held, evaluation and
-pictures included.
+Times: "training" is of train.fit and of features that are kept, without evaluation, the median of the seeds and their range, --jobs runs at a time with
+an equal share of the cores; "detection" the median of one image after another, on all cores, one net. Memory is the most that the process of a run
+has held, evaluation, pictures and (in a first run) compilation included, the median of the seeds. "steps": of what comes before, + its own.
 
 Weak supervision sees image labels, no boxes: it is measured by places (is the middle of the best box of a class on an object of it? AP over the
 images), and so is everyone. It needs images that hold a class and images that do not, so that bccd and apple-orchard have no row of it. Its
@@ -29,6 +29,7 @@ import argparse
 import functools
 import json
 import math
+import re
 import sys
 import time
 import types
@@ -222,12 +223,14 @@ def markdown(found):
     for name, rows in by_set(found):
         figures = [("val", "AP50"), *((set_of(rows), k) for k in ("AP50", "AP", "places"))][set_of(rows) == "val":]
         lines += [f"**{name}**, {budget_of(found, name)}:", "",
-                  f"| method | {' | '.join(f'{k}, {which}' for which, k in figures)} | training, s | detection, ms | memory, MB | parameters |",
-                  "| --- " + "| ---: " * (len(figures) + 4) + "|"]
+                  f"| method | {' | '.join(f'{k}, {which}' for which, k in figures)} | steps | training, s | detection, ms | memory, MB | parameters |",
+                  "| --- " + "| ---: " * (len(figures) + 5) + "|"]
         for r in rows:
             known = [s for s in r["training_seconds"] if s is not None]
-            cells = [*(claims.shown(claims.spread(r[which][k]), 100, ".1f") for which, k in figures), f"{np.median(known):.0f}" if known else "-",
-                     f"{r['ms']:.0f}", f"{max(r['memory_MB'])}", f"{r['parameters']:,}"]
+            cells = [*(claims.shown(claims.spread(r[which][k]), 100, ".1f") for which, k in figures),
+                     " + ".join(re.findall(r"--steps (\d+)", command)[-1] for command in r["commands"]),
+                     f"{np.median(known):.0f} ({min(known):.0f} .. {max(known):.0f})" if known else "-",
+                     f"{r['ms']:.0f}", f"{np.median(r['memory_MB']):.0f}", f"{r['parameters']:,}"]
             seeds = "" if r["seeds"] == found["seeds"] else f" (seeds {' '.join(map(str, r['seeds']))})"
             lines.append(f"| {r['method']}{seeds} | {' | '.join(cells)} |")
         lines.append("")

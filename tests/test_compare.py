@@ -154,7 +154,7 @@ def done(tmp_path, monkeypatch):
             truth = [(e.boxes * (1 if seed else [1, 1, 1, 1.05]), e.labels, np.full(len(e.labels), 0.9)) for e in examples]
             (job.folder / "detections.json").write_text(json.dumps(common.records(truth, examples, scenes.CLASSES)))
             (job.folder / "results.json").write_text(json.dumps({"set": "val", "AP50": {}, "mean AP50": 1.0, "training_seconds": 10.0 + seed,
-                                                                 "memory_MB": 200 if method == "before mAP" else 100}))
+                                                                 "memory_MB": 200 if method == "before mAP" else 100 + 20 * seed}))
     return args, runs
 
 
@@ -179,7 +179,8 @@ def test_a_report_tells_what_was_found(done, capsys):
     table = (args.folder / "compare.md").read_text()
     assert "AP50, test" not in table and "| places, val |" in table and table.strip() in capsys.readouterr().out
     cells = next(line for line in table.splitlines() if "focal" in line).strip("| ").split(" | ")
-    assert cells[:2] + cells[3:5] == ["RetinaNet, focal", "100.0 ± 0.0", "100.0 ± 0.0", "10"] and cells[6] == "100"        # the median of 10 and 11, to even
+    assert cells[:2] + cells[3:6] == ["RetinaNet, focal", "100.0 ± 0.0", "100.0 ± 0.0", str(focal["steps"]), "10 (10 .. 11)"]         # 10.5, to even
+    assert cells[7] == "110" and f" | {option(runs['scenes', 'before mAP', 0].shown, '--steps')} + {of_map['steps']} | " in table
     with Image.open(args.folder / "sheet_scenes.jpg") as sheet, Image.open(args.folder / "time_scenes.png"):
         assert sheet.width > 2 * 320 and sheet.height > 3 * 200
 
@@ -216,7 +217,7 @@ def test_a_run_that_was_stopped_has_no_training_time(done):
     job.result.write_text(json.dumps({**json.loads(job.result.read_text()), "training_seconds": None}))
     found = compare.main(args)
     assert found["rows"][1]["training_seconds"] == [10, None]
-    assert [line.split(" | ")[4] for line in compare.markdown(found) if "focal" in line] == ["10"]
+    assert [line.split(" | ")[5] for line in compare.markdown(found) if "focal" in line] == ["10 (10 .. 10)"]
     job.result.unlink()
     found = compare.main(args)
     assert any("| RetinaNet, focal (seeds 0) |" in line for line in compare.markdown(found)) and job.name in found["missing"]
@@ -262,3 +263,10 @@ def test_the_smoke_run_runs_every_method(tmp_path):
     found = json.loads((tmp_path / "compare-quick" / "compare.json").read_text())
     assert [r["method"] for r in found["rows"]] == list(compare.METHODS) and not found["missing"]
     assert all(r["test"] and r["memory_MB"][0] > 50 for r in found["rows"])
+
+
+def test_readme_shows_the_figures_that_are_kept():
+    found = json.loads((EXAMPLES / "results" / "compare.json").read_text())
+    shown = (EXAMPLES.parent / "README.md").read_text().split("<!-- compare -->\n")[1].split("\n<!-- end of compare -->")[0]
+    assert shown == "\n".join(compare.markdown(found)) and not found["missing"] and found["seeds"] == [0, 1, 2]
+    assert all(r["test"] for r in found["rows"]) and found["megapixels"].items() <= compare.MEGAPIXELS.items()
