@@ -233,10 +233,10 @@ def is_done(job):
             raise ValueError(f"claims: {job.folder} must be a run of this program, got a folder without {job.record.name}: "
                              "move it away")
         return False
-    before = files.read_json(job.record).get("arguments")
+    before = files.read_json(job.record, "arguments")["arguments"]
     if before != job.shown:
         raise ValueError(f"claims: {job.folder} must hold a run of the arguments `{' '.join(job.shown)}`, got one of "
-                         f"`{' '.join(before or [])}`: move it away, or take another --out")
+                         f"`{' '.join(map(str, before))}`: move it away, or take another --out")
     return job.result.exists()
 
 
@@ -385,10 +385,7 @@ def mean_ap(ranked, weights):
 
 def results_of(job, detector=False):
     """A run's results.json. Raises ValueError naming the file if a key is missing, of a detector also one of AP50."""
-    found, keys = files.read_json(job.result), ("set", "AP50", "mean AP50") if detector else ("set",)
-    if missing := [k for k in keys if not isinstance(found, dict) or k not in found]:
-        raise ValueError(f"claims: {job.result} must hold {'set, AP50 and mean AP50' if detector else 'set'}, got no {missing[0]}")
-    return found
+    return files.read_json(job.result, "set", *["AP50", "mean AP50"] * detector)
 
 
 def evaluation_set(folder, job):

@@ -6,7 +6,8 @@ finds.
 
 A net trained on proposals from a file needs --proposals, by the pictures' names without ending.
 Printed and drawn are detections above the score of best F1 of their class on the evaluation set, or above --min-score, in the net's own
-units: probabilities, but of end_to_end_map.py --scores raw outputs, which may be negative. The JSON list holds all of them (at most 300 a
+units: probabilities of Fast R-CNN and RetinaNet (of end_to_end_map.py --scores raw: outputs, which may be negative); of OverFeat the sum of the
+confidence of all boxes that merged; of weak supervision the map's mean inside the box less that around it. The JSON list holds all of them (at most 300 a
 picture, as the run's --limit said, or the --candidates of each class), for an evaluator: {"image": stem, "class": name, "box": [x1, y1, x2, y2],
 "score": s}, box in continuous pixels of the picture. --json FILE.json writes it to a file.
 """
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import tinydet                                                      # before numpy: sets how BLAS threads wait
 import numpy as np
+import timing
 
 from tinydet import data, draw, files, proposals, train, weights
 from tinydet.models import fast_rcnn, oquab, oquab_weak, overfeat, overfeat_detect, retinanet
@@ -40,8 +42,7 @@ def arguments(argv=None):
         parser.error("name at least one image")
     if args.min_score is not None and np.isnan(args.min_score):
         parser.error("--min-score must be a number, got nan")
-    if args.json not in (None, "-") and not Path(args.json).resolve().parent.is_dir():
-        parser.error(f"the folder of --json {args.json} must exist")
+    timing.check_json(parser, args.json if args.json != "-" else None)
     stems = [Path(path).stem for path in args.images]
     if twice := next((s for s in stems if stems.count(s) > 1), None):
         parser.error(f"the names of the images must differ without folder and ending, got {twice} more than once")
@@ -51,6 +52,8 @@ def arguments(argv=None):
 def load(args, put):
     """The net of a weights file, its settings, and detect(image, stem)."""
     model = weights.model(args.weights)
+    if args.proposals and model in ("retinanet", "overfeat", "oquab"):
+        raise ValueError(f"detect: --proposals are for nets of examples/ohem.py, got {args.weights}, which needs none")
     if model == "retinanet":
         net, settings = retinanet.load(args.weights)
         net.to(put)
@@ -98,6 +101,8 @@ def main(args, put):
     train.announce_compilation()
     net, settings, detect = load(args, put)
     classes, cut = net.spec.classes, settings.get("cut", {})
+    if not isinstance(cut, dict) or not all(isinstance(v, (int, float)) for v in cut.values()):
+        raise ValueError(f"detect: {args.weights} must hold a score for each class in its setting cut, got {cut!r}")
     out, records = Path(args.out), []
     for path in args.images if args.json is None else train.progress(args.images, desc="detect", unit="image"):
         image, stem = data.read_image(path), Path(path).stem

@@ -23,8 +23,8 @@ def print_rows(rows):
 
 
 def main(args):
-    configs = [files.read_json(Path(run) / "config.json") for run in args.runs]
-    results = [files.read_json(Path(run) / "results.json") for run in args.runs]
+    configs = [files.read_json(Path(run) / "config.json", "seed") for run in args.runs]
+    results = [files.read_json(Path(run) / "results.json", "set", "AP50", "mean AP50", "errors", "seconds") for run in args.runs]
     for config, result in zip(configs, results):                    # how boxes were combined may change after training
         config.update({k: result[k] for k in ("merging", "threshold", "testing") if k in result})
     for run, config in zip(args.runs, configs):

@@ -84,11 +84,12 @@ def memory(run, x):
 
 
 def fresh(program, words):
-    """The JSON value on the last line that a program prints, in a process of its own. Raises ValueError if it fails."""
+    """The JSON value on the last line that a program prints, in a process of its own. Raises ValueError with its error if it fails."""
     command = [sys.executable, str(program), *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise ValueError(f"{' '.join(command)} must end well, got: {done.stderr[-1000:]}")
+        last = (done.stderr.strip().splitlines() or [""])[-1]
+        raise ValueError(last.removeprefix("error: ") if last.startswith("error: ") else f"{' '.join(command)} must end well, got: {done.stderr[-1000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -133,6 +134,8 @@ def start(main, probe, args):
 
 
 def check_json(parser, path):
-    """Refuse a file whose folder does not exist before anything is measured."""
+    """Refuse a file whose folder does not exist, or that is a folder, before anything is measured."""
     if path and not Path(path).absolute().parent.is_dir():
         parser.error(f"the folder of --json {path} must exist")
+    if path and Path(path).is_dir():
+        parser.error(f"--json {path} must be a file, got a folder")

@@ -158,6 +158,10 @@ def done(tmp_path, monkeypatch):
     return args, runs
 
 
+def cells_of(lines, method):
+    return next(line for line in lines if method in line).strip("| ").split(" | ")
+
+
 def here(asked):
     with tinydet.use(asked["backend"]) as put:
         return json.loads(json.dumps(compare.probe(asked, put)))
@@ -171,6 +175,7 @@ def test_a_report_tells_what_was_found(done, capsys):
     assert focal["val"]["AP50"][1] == focal["val"]["AP"][1] == focal["val"]["places"][1] == 1
     assert focal["val"]["AP50"][0] == focal["val"][f"AP50 of {scenes.CLASSES[0]}"][0] == 1 and 0.2 < focal["val"]["AP"][0] < 0.95
     assert focal["training_seconds"] == [10, 11] and of_map["training_seconds"] == [20, 22] and of_map["memory_MB"] == [200, 200]
+    assert 1000 < focal["trunk_multiply_adds"] < 1500 and cells_of(compare.markdown(found), "focal")[-1] == f"{focal['trunk_multiply_adds']:,.0f}"
     assert focal["test"] is None and focal["ms"] > 0 and focal["parameters"] > 1e5 and len(of_map["commands"]) == 2
     assert focal["commands"] == [f"python examples/ap_loss.py --workers 0 --measure-every 1000000 --loss focal --steps {focal['steps']} "
                                  "--backend numba --seed S"]
@@ -178,7 +183,7 @@ def test_a_report_tells_what_was_found(done, capsys):
     assert json.loads(args.json.read_text()) == found and "scenes-overfeat-0" in found["missing"]
     table = (args.folder / "compare.md").read_text()
     assert "AP50, test" not in table and "| places, val |" in table and table.strip() in capsys.readouterr().out
-    cells = next(line for line in table.splitlines() if "focal" in line).strip("| ").split(" | ")
+    cells = cells_of(table.splitlines(), "focal")
     assert cells[:2] + cells[3:6] == ["RetinaNet, focal", "100.0 ± 0.0", "100.0 ± 0.0", str(focal["steps"]), "10 (10 .. 11)"]         # 10.5, to even
     assert cells[7] == "110" and f" | {option(runs['scenes', 'before mAP', 0].shown, '--steps')} + {of_map['steps']} | " in table
     with Image.open(args.folder / "sheet_scenes.jpg") as sheet, Image.open(args.folder / "time_scenes.png"):
@@ -211,6 +216,66 @@ def test_the_test_set_is_looked_at_once_and_other_images_are(done, monkeypatch):
     assert compare.main(args)["rows"][1]["test"] and [(a["eval_set"], a["weights"]) for a in asked] == [("test", str(net))]
 
 
+def test_the_time_is_that_of_the_median_image_at_its_best_turn(done, monkeypatch, tmp_path):
+    args, runs = done
+    job, clock, looks = runs["scenes", "RetinaNet, focal", 0], [0.0], []
+    monkeypatch.setattr(compare.time, "perf_counter", lambda: clock[0])
+
+    def find(image, stem):
+        clock[0] += 100 if not looks else {0: 0.002, 1: 0.004, 2: 0.009}[(len(looks) - 1) // 3] + 0.5 * (len(looks) % 3 != 2)
+        looks.append(stem)
+        return np.zeros((0, 4)), np.zeros(0, int), np.zeros(0)
+    load = compare.detect.load
+    monkeypatch.setattr(compare.detect, "load", lambda given, put: (*load(given, put)[:2], find))
+    asked = {**compare.config_of(job), "eval_set": "val", "most": 3, "turns": 3, "weights": str(job.folder / "weights.npz"),
+             "detections": str(tmp_path / "d.json")}
+    asked["scenes"] = 30
+    told = compare.probe(asked, np.asarray)
+    assert told["ms"] == pytest.approx(4) and told["images"] == 3 and len(looks) == 1 + 3 * 3 and looks[0] == looks[1]
+
+
+@pytest.mark.parametrize("damage, told", [
+    (lambda job, judged: job.result.write_text('{"set": "val"}'), r"results.json must hold set, memory_MB, got no memory_MB"),
+    (lambda job, judged: (job.folder / "config.json").write_text("[]"), r"config.json must hold data, scenes, steps, got no JSON object"),
+    (lambda job, judged: job.record.write_text("[1]"), r"focal-0.json must hold arguments, got no JSON object"),
+    (lambda job, judged: judged.write_text("{}"), r"focal-0-val.json must hold weights, ms, got no weights, ms"),
+    (lambda job, judged: (job.folder / "weights.npz").write_bytes(b"PK"), r"weights.npz must be")])
+def test_damaged_files_are_named(done, damage, told):
+    args, runs = done
+    job = runs["scenes", "RetinaNet, focal", 0]
+    compare.main(args)
+    damage(job, args.folder / "judged" / f"{job.name}-val.json")
+    before = args.json.read_bytes()
+    with pytest.raises(ValueError, match=told) as refused:
+        compare.main(args)
+    assert "\n" not in str(refused.value) and args.json.read_bytes() == before
+
+
+def test_detections_that_are_gone_are_made_again(done):
+    args, runs = done
+    found = compare.main(args)
+    (args.folder / "judged" / f"{runs['scenes', 'RetinaNet, focal', 0].name}-val-detections.json").unlink()
+    assert compare.main(args)["rows"][1]["val"] == found["rows"][1]["val"]
+
+
+def test_a_process_that_fails_tells_its_error_in_one_line(tmp_path):
+    asked = {"data": None, "scenes": 6, "eval_set": "val", "most": 1, "turns": 1, "backend": "numpy", "weights": str(tmp_path / "no.npz"), "detections": "x"}
+    with pytest.raises(ValueError) as refused:
+        timing.fresh(compare.__file__, ["--probe", json.dumps(asked)])
+    assert "no.npz" in str(refused.value) and "\n" not in str(refused.value) and "--probe" not in str(refused.value)
+    with pytest.raises(ValueError, match=r"--probe \[\] must end well, got: (.|\n)*Traceback"):
+        timing.fresh(compare.__file__, ["--probe", "[]"])
+
+
+def test_a_report_without_runs_leaves_the_figures_alone(done):
+    args, runs = done
+    compare.main(args)
+    before, args.seeds = args.json.read_bytes(), [7]
+    with pytest.raises(ValueError, match=r"there must be a run of scenes that is done, got none in .*compare"):
+        compare.main(args)
+    assert args.json.read_bytes() == before
+
+
 def test_a_run_that_was_stopped_has_no_training_time(done):
     args, runs = done
     job = runs["scenes", "RetinaNet, focal", 1]
@@ -230,7 +295,8 @@ def test_only_runs_the_methods_named_and_what_they_start_from(monkeypatch, tmp_p
         started.clear()
         args = compare.arguments(["--full", "--out", str(tmp_path), "--only", method])
         args.folder.mkdir(exist_ok=True)
-        compare.main(args)
+        with pytest.raises(ValueError, match="there must be a run"):
+            compare.main(args)
         assert sorted(started) == sorted(f"{name}-{s}" for name in names for s in range(3)) and args.only == [method]
 
 

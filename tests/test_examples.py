@@ -471,7 +471,7 @@ def test_detect_gives_json(voc, weights, tmp_path):
     assert not (tmp_path / "detections").exists()
 
 
-def test_detect_names_what_is_wrong(weights, tmp_path):
+def test_detect_names_what_is_wrong(weights, tmp_path, capsys):
     text = tmp_path / "text.jpg"
     text.write_text("no picture")
     for args, message in ((["--weights", weights, text], "text.jpg must be a readable image"),
@@ -481,10 +481,21 @@ def test_detect_names_what_is_wrong(weights, tmp_path):
         done = run("detect.py", *args, cwd=tmp_path, code=1)
         assert message in done.stderr and "Traceback" not in done.stderr
     assert "name at least one image" in run("detect.py", "--weights", weights, cwd=tmp_path, code=2).stderr
+    with pytest.raises(ValueError, match=r"--proposals are for nets of examples/ohem\.py, got .*weights\.npz, which needs none"):
+        call("detect", "--weights", weights, "--proposals", text, text)
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(SystemExit):
+        module("detect").arguments(["--weights", str(weights), "--json", str(tmp_path / "folder.json"), "x.png"])
+    assert "folder.json must be a file, got a folder" in capsys.readouterr().err
+    net, settings = overfeat.load(weights)
+    for cut in ([1], {"disk": "x"}):
+        overfeat.save(net, tmp_path / "cut.npz", {**settings, "cut": cut})
+        with pytest.raises(ValueError, match=r"cut\.npz must hold a score for each class in its setting cut, got"):
+            call("detect", "--weights", tmp_path / "cut.npz", text)
     assert "more than once" in run("detect.py", "--weights", weights, "a/x.jpg", "b/x.png", cwd=tmp_path, code=2).stderr
 
 
-def test_table_of_runs(trained):
+def test_table_of_runs(trained, tmp_path):
     cwd, _ = trained
     done = run("table.py", "runs/a", "runs/a", "--json", "t.json", cwd=cwd)
     table, results = json.loads((cwd / "t.json").read_text()), json.loads((cwd / "runs" / "a" / "results.json").read_text())
@@ -492,3 +503,10 @@ def test_table_of_runs(trained):
     assert table["COCO"] == {name: [value] * 2 for name, value in results["COCO"].items()} and len(table["COCO"]) == 12
     assert "COCO's numbers" in done.stdout and results["COCO AP"].keys() == results["AP50"].keys()
     assert "2 runs, set val" in done.stdout
+    shutil.copytree(cwd / "runs" / "a", tmp_path / "b")
+    for name, content, message in (("results.json", "[]", "must hold set, AP50, mean AP50, errors, seconds, got no JSON object"), ("config.json", "{}", "got no seed")):
+        before = (tmp_path / "b" / name).read_text()
+        (tmp_path / "b" / name).write_text(content)
+        told = run("table.py", tmp_path / "b", cwd=cwd, code=1).stderr
+        assert told.startswith("error: ") and f"{name} must hold" in told and message in told
+        (tmp_path / "b" / name).write_text(before)

@@ -205,6 +205,13 @@ def test_read_json(tmp_path):
         write(path, content)
         with pytest.raises(ValueError, match=r"^files\.read_json: .*a\.json must be JSON, got: "):
             read_json(path)
+    write(path, '{"a": 1, "b": null}')
+    assert read_json(path, "b", "a") == {"a": 1, "b": None}
+    with pytest.raises(ValueError, match=r"^files\.read_json: .*a\.json must hold a, c, d, got no c, d$"):
+        read_json(path, "a", "c", "d")
+    write(path, '["a"]')
+    with pytest.raises(ValueError, match=r"a\.json must hold a, got no JSON object$"):
+        read_json(path, "a")
 
 
 @pytest.mark.parametrize("flush", [lambda p: write(p, "x"), lambda p: write_arrays(p, {}, 1)])

@@ -35,12 +35,17 @@ def write(path, content):
         part.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def read_json(path):
-    """The JSON value in a file. Raises ValueError naming the file if it is none."""
+def read_json(path, *keys):
+    """The JSON value in a file; with keys: an object that has them. Raises ValueError naming the file if it is none."""
     try:
-        return json.loads(Path(path).read_text())
+        value = json.loads(Path(path).read_text())
     except ValueError as error:
         raise ValueError(f"files.read_json: {path} must be JSON, got: {error}") from None
+    if keys and not isinstance(value, dict):
+        raise ValueError(f"files.read_json: {path} must hold {', '.join(keys)}, got no JSON object")
+    if missing := [k for k in keys if k not in value]:
+        raise ValueError(f"files.read_json: {path} must hold {', '.join(keys)}, got no {', '.join(missing)}")
+    return value
 
 
 # Named arrays with a JSON value: .npz
