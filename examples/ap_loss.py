@@ -32,7 +32,7 @@ from tinydet.ops import ap_loss
 from tinydet.summary import summary
 
 
-# The papers' settings (ap-loss notes, sec. 5); steps are their epochs: of 16,551 images (07+12 trainval) and of COCO's 117,266 with objects.
+# The papers' settings (1904.06373's released code); steps are their epochs: of 16,551 images (07+12 trainval) and of COCO's 117,266 with objects.
 # Other than there (CHOICE): the 16 images of a step are ranked in one list, not 8 on each of two GPUs; they are drawn anew for each step, not
 # by epochs, also such without objects; anchors on difficult and crowd objects are ignored, not background. VOC07's figure is the 11-point one:
 # python -m tinydet.evaluate --metric 11

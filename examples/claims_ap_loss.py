@@ -1,5 +1,5 @@
 """AP-loss (1904.06373, 2008.07294): the settings and claims of examples/claims.py ap_loss. Paper's figures: COCO-style AP / AP50 on VOC2007 test,
-RetinaNet with ResNet-50 at 512 pixels; all are unverified (ap-loss notes, sec. 6).
+RetinaNet with ResNet-50 at 512 pixels; recalled, all unverified.
 
 Same net, images, rate and number of steps in all arms but those that name a rate. The rate was tried on bccd's validation images with seed 0
 (CHOICE; 400 steps at 240x320): 0.2 beat 0.1 for each of the five losses, and 0.4 for AP-loss and focal loss; for the others (ce, auc, smooth_ap)

@@ -84,7 +84,7 @@ CLAIMS = [
     claim("actions: training FC6, too, beats adaptation layers alone", "70.2 against 68.4", "action", "action, FC6 frozen", data="scene-boxes"),
 ]
 
-# The slides' table of variants, VOC12 test mAP, as far as it can run here (notes, sec. 5.2): A and C are other nets
+# The slides' table of variants, VOC12 test mAP, as far as it can run here (unverified): A and C are other nets
 ROWS = {"columns": {"AP of images": "class_ap", "AP of places": "location_ap"},
         "rows": [("B: boxes (CVPR 2014)", "82.8", "scenes", "strong"), ("D: full images", "78.7", "scenes", "full images"),
                  ("E: strong + weak", "86.0", "scenes", "strong + weak"), ("F: weak", "86.3", "scenes", "weak"),

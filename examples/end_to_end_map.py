@@ -48,7 +48,7 @@ def arguments(argv=None):
     a("--least", type=float, help="distance below which its slopes grow no more (default: 0.2 standard deviations)")
     a("--ap", choices=map_loss.MODES, default="prec", help="which average precision the loss takes (%(default)s)")
     a("--log", action="store_true", help="minimise -log(mAP), not 1 - mAP")
-    a("--scores", choices=fast_rcnn_map.RANKED, default="log_odds", help="by what windows rank (%(default)s; raw: as the notes have it)")
+    a("--scores", choices=fast_rcnn_map.RANKED, default="log_odds", help="by what windows rank (%(default)s; raw: the net's outputs as they are)")
     a("--batch", type=common.count, default=32, help="images a step (%(default)s)")
     a("--windows", type=common.count, default=1000, help="of a training image, drawn anew each time where there are more (%(default)s)")
     a("--candidates", type=common.count, default=100, help="best windows of each class in an image that go into NMS (%(default)s; on a GPU 256 at most)")
@@ -83,7 +83,7 @@ def source_name(args):
 
 
 def objective_of(args, nms):
-    """The Objective of the arguments; NMS as at test time (notes, sec. 5, item 7). Raises ValueError for what is none."""
+    """The Objective of the arguments; NMS as at test time (1607.03476: the same model in training and test). Raises ValueError for what is none."""
     same = "scores estimator delta kappa reach least ap log box_weight softmax_weight score_weight clip centre".split()
     return fast_rcnn_map.Objective(most=args.candidates, nms=nms, **{name: getattr(args, name) for name in same})
 

@@ -28,7 +28,7 @@ from tinydet import backend, data, draw, files, optim, proposals, train
 from tinydet.models import fast_rcnn, fast_rcnn_weights
 from tinydet.summary import summary
 
-# The paper's recipes for VGG16 on PASCAL VOC (ohem notes, sec. 1 and 2.4; VOC07: 80,000 steps, the rate times 0.1 every 30,000)
+# The paper's recipes for VGG16 on PASCAL VOC (1604.03540 and its released code; VOC07: 80,000 steps, the rate times 0.1 every 30,000)
 VOC = {"table": "VGG16", "images": 2, "batch": 128, "short": [600], "longest": 1000, "steps": 80000, "lr": 0.001, "decay_at": [30000, 60000],
        "bias_rate": 2.0, "dropout": 0.5, "targets": "classes", "jitter": 0, "float_bins": True, "min_score": 1e-5, "limit": 2000, "near": 224.0,
        "train_set": "trainval", "eval_set": "test"}

@@ -30,12 +30,12 @@ from tinydet.models import overfeat
 from tinydet.ops import softmax_loss
 from tinydet.summary import summary
 
-# The paper's settings (sec. 3.1; notes, sec. 2). CHOICE: 90 epochs (the paper only says when the rate falls, last after 80); an epoch is ten
+# The paper's settings (sec. 3.1). CHOICE: 90 epochs (the paper only says when the rate falls, last after 80); an epoch is ten
 # views of each image (5 crops, each also mirrored), drawn at random and independently; with --steps the rate falls at the same shares of
 # them. Weights decay, biases do not (CHOICE).
 PRESETS = {"paper": {"table": "accurate", "width": 1.0, "init": 0.01, "dropout": 0.5, "short": 256, "batch": 128, "lr": 5e-2, "momentum": 0.6,
                      "weight_decay": 1e-5, "epochs": 90, "halve_after": [30, 50, 60, 70, 80]}}
-FOUR, SIX = (1, 2, 4, 6), range(1, 7)                               # scales of Table 2 (notes, sec. 7), numbered from 1 as there
+FOUR, SIX = (1, 2, 4, 6), range(1, 7)                               # scales of Table 2, numbered from 1 as there
 MAIN = "6-fine"
 VARIANTS = {"1-coarse": ((1,), False, True), "1-fine": ((1,), True, True), "4-coarse": (FOUR, False, True), "4-fine": (FOUR, True, True),
             "6-coarse": (SIX, False, True), MAIN: (SIX, True, True), "6-fine-logits": (SIX, True, False)}      # scales, fine, probabilities

@@ -1,4 +1,4 @@
-"""Classify pictures, or extract features from them, with OverFeat's released weights: the release's command line (notes, 6.3).
+"""Classify pictures, or extract features from them, with OverFeat's released weights: the release's command line.
 
     python examples/overfeat_features.py --weights net_weight_0 --names names.txt picture.jpg ...   # best 5: "class probability"
     python examples/overfeat_features.py --weights net_weight_1 -f picture.jpg ...                  # 4096 features a window
@@ -37,7 +37,7 @@ FLOOR = 1e-6                # the release's ReLU sets to 0 what is not above
 # The net, module by module
 
 def modules(table):
-    """The release's layers of a Table in its numbering (notes, 6.2), a list of (kind, Row): norm, pad, conv, relu or pool."""
+    """The release's layers of a Table in its numbering, a list of (kind, Row): norm, pad, conv, relu or pool."""
     found = [("norm", None)]
     for r in rows(table, CLASSES):
         found += [("pad", r)] * (r.pad > 0) + [("conv", r)] + [("relu", r)] * r.relu + [("pool", r)] * (r.pool > 1)

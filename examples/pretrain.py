@@ -28,7 +28,7 @@ from tinydet.models import oquab, overfeat
 from tinydet.ops import softmax_loss
 from tinydet.summary import summary
 
-# Notes, sec. 1. The rate falls when the training loss no longer does; three rounds. CHOICE: 90 epochs of one
+# CVPR 2014, sec. 4. The rate falls when the training loss no longer does; three rounds. CHOICE: 90 epochs of one
 # view an image, in equal parts; batches are drawn anew from all images
 PRESETS = {"paper": {"table": "6144", "init": 0.01, "dropout": 0.5, "classical": True, "batch": 128, "lr": 0.01, "momentum": 0.9,
                      "weight_decay": 5e-4, "epochs": 90, "std": 1.0}}

@@ -32,7 +32,7 @@ from tinydet.models import oquab, oquab_patches
 from tinydet.ops import softmax_loss
 from tinydet.summary import summary
 
-# Notes, sec. 1 to 3; "action": PRE-1512U. The rate falls to a tenth after each third of the steps (three rounds). CHOICE: 30 epochs, where
+# CVPR 2014, sec. 3 and 4; "action": PRE-1512U. The rate falls to a tenth after each third of the steps (three rounds). CHOICE: 30 epochs, where
 # the paper trains until the loss no longer falls, and batches that are drawn anew from all patches; scratch: --start random, its NO PRETRAIN
 PAPER = {"lambdas": list(oquab_patches.LAMBDAS), "overlap": 2 / 3, "background": 0.1, "lr": 0.01, "batch": 128, "dropout": 0.5, "k": 5.0,
          "epochs": 30, "scratch": image_level.SCRATCH}

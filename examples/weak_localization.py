@@ -33,7 +33,7 @@ from tinydet.models import oquab, oquab_weak
 from tinydet.ops import logistic_loss
 from tinydet.summary import summary
 
-# Notes, sec. 4.3: the released script's, but for its 3x3 adaptation layers (--adapt-kernel 3); scratch: the net of --start random.
+# The released script's, but for its 3x3 adaptation layers (--adapt-kernel 3); scratch: the net of --start random.
 # CHOICE, with every setting: each batch is drawn anew from all images, so that epochs count steps and an image may be missed in one
 PRESETS = {"paper": {"frame": 500, "cached": 0, "batch": 16, "optimizer": "adagrad", "lr": 1e-3, "weight_decay": 5e-4, "dropout": 0.5, "epochs": 20,
                      "scratch": image_level.SCRATCH}}

@@ -81,3 +81,9 @@ def test_accumulate_adds_in_place(backend, shape, dtype, all_threads):
     assert_array_equal(to_numpy(wide)[..., 0], expected + kept)
     assert_array_equal(to_numpy(wide)[..., 1], expected)
     assert_array_equal(to_numpy(b), kept)
+
+
+@pytest.mark.parametrize("x, error, message", [(np.ones(1), ValueError, r"x must have shape \(3,\), got \(1,\)"), ([1.0] * 3, TypeError, "x must be an array, got list")])
+def test_accumulate_broadcasts_nothing(x, error, message):
+    with pytest.raises(error, match=rf"^add\.accumulate: {message}"):
+        add.accumulate(np.zeros(3), x)

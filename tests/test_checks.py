@@ -91,3 +91,7 @@ def test_messages_name_the_argument_that_is_wrong():
         checks.whole("op.function", 1, size=1, stride=0)
     with pytest.raises(TypeError, match=r"^op\.function: stride must be an integer, got 2.5$"):
         checks.whole("op.function", 1, size=np.int32(1), stride=2.5)
+
+
+def test_booleans():
+    assert checks.booleans("op.function", "x", [True, False], 2).tolist() == [True, False]

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import tinydet
-from tinydet import data, scenes
+from tinydet import data, files, scenes
 from tinydet.models import oquab, oquab_weak, retinanet
 
 from conftest import real
@@ -150,7 +150,7 @@ def done(tmp_path, monkeypatch):
             job.record.write_text(json.dumps({"arguments": job.shown}))
             config = {"data": None, "scenes": 6, "train_set": "train", "eval_set": "val", "steps": option(job.shown, "--steps")}
             (job.folder / "config.json").write_text(json.dumps(config))
-            retinanet.save(net, job.folder / "weights.npz", {"testing": {"short": 64, "longest": 128}, "cut": {"disc": 0.2, "ring": math.inf}})
+            retinanet.save(net, job.folder / "weights.npz", {"testing": {"short": 64, "longest": 128}, "cut": {"disk": 0.2, "ring": math.inf}})
             truth = [(e.boxes * (1 if seed else [1, 1, 1, 1.05]), e.labels, np.full(len(e.labels), 0.9)) for e in examples]
             (job.folder / "detections.json").write_text(json.dumps(common.records(truth, examples, scenes.CLASSES)))
             (job.folder / "results.json").write_text(json.dumps({"set": "val", "AP50": {}, "mean AP50": 1.0, "training_seconds": 10.0 + seed,
@@ -214,6 +214,24 @@ def test_the_test_set_is_looked_at_once_and_other_images_are(done, monkeypatch):
     assert "AP50, test" not in (args.folder / "compare.md").read_text()
     args.test = True
     assert compare.main(args)["rows"][1]["test"] and [(a["eval_set"], a["weights"]) for a in asked] == [("test", str(net))]
+
+
+def test_the_sheet_shows_boxes_above_the_cut_of_their_class(done, monkeypatch):
+    args, runs = done
+    drawn, boxes = [], compare.draw.boxes
+    monkeypatch.setattr(compare.draw, "boxes", lambda image, some, labels, classes, *more, **options: drawn.append((labels, more)) or boxes(
+        image, some, labels, classes, *more, **options))
+    job = runs["scenes", "RetinaNet, focal", 0]
+    compare.main(args)
+    drawn.clear()
+    path = args.folder / "judged" / f"{job.name}-val-detections.json"
+    for record in (records := json.loads(path.read_text())):
+        record["class"], record["score"] = [("disk", 0.2), ("disk", 0.19), ("ring", 9.0), ("star", 9.0)][records.index(record) % 4]
+    files.write(path, json.dumps(records))
+    compare.main(args)
+    of_focal = [(labels, more[0]) for labels, more in drawn if more]
+    shown = [(scenes.CLASSES[k], s) for labels, scores in of_focal[-2:] for k, s in zip(labels, scores)]
+    assert len(drawn) == 2 * 3 and shown and set(shown) == {("disk", 0.2)}          # no cut, or none that is finite: not shown
 
 
 def test_the_time_is_that_of_the_median_image_at_its_best_turn(done, monkeypatch, tmp_path):

@@ -216,7 +216,7 @@ def test_a_killed_ohem_run_resumes_to_the_same_bits(voc, trained_ohem, tmp_path)
         assert_array_equal(a[0][key], b[0][key], err_msg=key)
 
 
-def test_detect_with_weights_of_ohem(voc, trained_ohem, tmp_path):
+def test_detect_with_weights_of_ohem(voc, trained_ohem, tmp_path, monkeypatch):
     cwd, _ = trained_ohem
     weights, pictures = cwd / "runs" / "o" / "weights.npz", sorted((voc / "JPEGImages").iterdir())
     records = json.loads((cwd / "runs" / "o" / "detections.json").read_text())
@@ -229,6 +229,11 @@ def test_detect_with_weights_of_ohem(voc, trained_ohem, tmp_path):
     call("detect", "--weights", weights, "--proposals", boxes, "--min-score", "0.01", "--json", pictures[0])
     with pytest.raises(ValueError, match=f"are missing: '?{pictures[1].stem}"):
         call("detect", "--weights", weights, "--proposals", boxes, "--json", *pictures[:2])
+    seen = []
+    monkeypatch.setattr(fast_rcnn, "detect", lambda net, image, regions, testing: seen.append(regions.tolist()) or (np.zeros((0, 4)), np.zeros(0, int), np.zeros(0)))
+    boxes.write_text(json.dumps({pictures[0].stem: [[0, 0, 60, 60], [5, 5, 5, 5], [0, 0, 60, 60], [900, 900, 950, 950]]}))
+    call("detect", "--weights", weights, "--proposals", boxes, "--json", pictures[0])
+    assert seen == [[[0, 0, 60, 60]]]                               # what no net can use is left out
 
 
 @pytest.mark.parametrize("args, message", [
@@ -469,6 +474,17 @@ def test_detect_gives_json(voc, weights, tmp_path):
     last = run("detect.py", "--weights", weights, *pictures, "--json", "--min-score", middle, cwd=tmp_path)
     assert json.loads(last.stdout) == [r for r in records if r["score"] >= middle] != records
     assert not (tmp_path / "detections").exists()
+
+
+def test_detect_combines_boxes_as_the_run_did(voc, weights, tmp_path):
+    picture = sorted((voc / "JPEGImages").iterdir())[0]
+    net, settings = overfeat.load(weights)
+    found = {}
+    for mode in ("count", "mean"):
+        overfeat.save(net, tmp_path / "w.npz", {**settings, "mode": mode})
+        found[mode] = [r["box"] for r in call("detect", "--weights", tmp_path / "w.npz", "--json", picture)]
+        assert_allclose(found[mode], overfeat_detect.detect(net, data.read_image(picture), merging="merge", threshold=0.6, mode=mode)[0])
+    assert found["count"] != found["mean"]
 
 
 def test_detect_names_what_is_wrong(weights, tmp_path, capsys):

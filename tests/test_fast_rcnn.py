@@ -632,3 +632,10 @@ def test_files_that_hold_no_net_are_refused(tmp_path, change, message):
     files.write_arrays(tmp_path / "w.npz", change.pop("arrays", {}), {"model": "fast_rcnn", "spec": vars(SPEC), "settings": {}, **change})
     with pytest.raises(ValueError, match=rf"^fast_rcnn\.load: .*w\.npz must describe a net of fast_rcnn, got: .*{message}"):
         fast_rcnn.load(tmp_path / "w.npz")
+
+
+@pytest.mark.parametrize("difficult, error, got", [(np.array([1]), TypeError, "int64"), ([1], TypeError, "int64"), (np.array([True, False]), ValueError, r"shape \(2,\)")])
+def test_wrong_difficult_is_named(difficult, error, got):
+    box = np.array([[0, 0, 5, 5.0]])
+    with pytest.raises(error, match=rf"^fast_rcnn\.label: difficult must be 1 booleans, got {got}$"):
+        fast_rcnn.label(fast_rcnn.Spec(("a",)), box, box, np.array([0]), difficult)

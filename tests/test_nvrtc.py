@@ -92,3 +92,11 @@ def test_the_table(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert out.count("max_pool_forward") == 6 * len(nvrtc.ARCHS) and "no warnings or errors" in out
     assert nvrtc.version()[0] >= 12
+
+
+@pytest.mark.parametrize("argv, status", [(["--help"], 0), (["--bogus"], 2)])
+def test_the_program_compiles_nothing_for_help(argv, status, monkeypatch, capsys):
+    monkeypatch.setattr(nvrtc, "compile", None)
+    with pytest.raises(SystemExit) as end:
+        nvrtc.main(argv)
+    assert end.value.code == status and "python -m tinydet.nvrtc" in "".join(capsys.readouterr())

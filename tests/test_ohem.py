@@ -159,3 +159,13 @@ def test_ssd_takes_three_of_the_hardest_for_each_positive(case, seed):
     n = int(positive.sum())
     assert_array_equal(chosen[:n], np.flatnonzero(positive))
     assert chosen[n:].tolist() == sorted(negative, key=lambda r: (-losses[r], r))[:3 * n]
+
+
+@pytest.mark.parametrize("ratio, error, message", [(-1, ValueError, "at least 0, got -1"), (1.5, TypeError, "an integer, got 1.5")])
+def test_ssd_refuses_a_ratio(ratio, error, message):
+    with pytest.raises(error, match=rf"^ohem\.ssd: ratio must be {message}"):
+        ohem.ssd(np.ones(3), np.zeros(3, int), np.ones(3), ratio)
+
+
+def test_ssd_without_regions():
+    assert ohem.ssd(np.zeros(0), np.zeros(0, int), np.zeros(0)).tolist() == []

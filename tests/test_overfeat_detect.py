@@ -688,3 +688,34 @@ def test_a_detector_takes_over_the_trunk_of_a_classifier():
         overfeat.take_over(small_net(width=0.2), classifier)
     with pytest.raises(ValueError, match="^overfeat.take_over: both nets must have one mean and std, got 100.0, "):
         overfeat.take_over(small_net(mean=100.0), classifier)
+
+
+@pytest.mark.parametrize("classes, error", [(0, ValueError), (1.0, TypeError)])
+def test_combine_names_the_classes(classes, error):
+    with pytest.raises(error, match=r"^overfeat_detect\.combine: classes must be"):
+        overfeat_detect.combine(np.array([[0, 0, 5, 5.0]]), np.ones((1, 1)), classes)
+
+
+def test_select_names_its_shapes():
+    with pytest.raises(ValueError, match=r"^overfeat_detect\.select: ranks must have shape \(2, 3\), got \(2, 2\)"):
+        overfeat_detect.select(np.zeros((2, 3), int), np.zeros((2, 2), bool), np.zeros((2, 3)), 2)
+
+
+@pytest.mark.parametrize("N", [0, 2])
+def test_loss_needs_targets_for_each_image(N):
+    with pytest.raises(ValueError, match=rf"^overfeat_detect\.loss: there must be targets for each image, at least one, got 0 for {N}"):
+        overfeat_detect.loss(overfeat.Spec(("a",), "small"), np.zeros((N, 1, 1, 2)), np.zeros((N, 1, 1, 4)), [], None)
+
+
+@pytest.mark.parametrize("more, index, message", [({}, 0, "the net must have a regressor"), ({"regressor": "SCR"}, 0, "index must be one of 0 scales, got 0"),
+                                                  ({"regressor": "SCR", "scales": (1.0,)}, -1, "index must be one of 1 scales, got -1")])
+def test_look_names_what_it_needs(more, index, message):
+    net = overfeat.OverFeat(overfeat.Spec(("a",), "small", width=0.1, **more), np.random.default_rng(0))
+    with pytest.raises(ValueError, match=rf"^overfeat_detect\.look: {message}"):
+        overfeat_detect.look(net, np.zeros((9, 9, 3), np.uint8), index)
+
+
+def test_detect_needs_scales():
+    net = overfeat.OverFeat(overfeat.Spec(("a",), "small", width=0.1), np.random.default_rng(0))
+    with pytest.raises(ValueError, match=r"^overfeat_detect\.detect: the net must have scales, got none"):
+        overfeat_detect.detect(net, np.zeros((9, 9, 3), np.uint8))

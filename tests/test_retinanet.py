@@ -204,10 +204,11 @@ def test_difficult_objects_are_ignored():
     assert every.labels.tolist() == [-1, -1, -1, -1, 6] and not every.deltas.any()
 
 
-@pytest.mark.parametrize("difficult", [np.array([0]), np.array([True, False]), [1]])
-def test_wrong_difficult_is_named(difficult):
-    with pytest.raises(ValueError, match=r"^retinanet\.label: difficult must be 1 booleans"):
-        retinanet.label(SPEC, np.array([[0, 0, 5, 5.]]), np.array([[0, 0, 5, 5.]]), np.array([0]), difficult)
+@pytest.mark.parametrize("difficult, error, got", [(np.array([1]), TypeError, "int64"), ([1], TypeError, "int64"), (np.array([True, False]), ValueError, r"shape \(2,\)")])
+def test_wrong_difficult_is_named(difficult, error, got):
+    box = np.array([[0, 0, 5, 5.0]])
+    with pytest.raises(error, match=rf"^retinanet\.label: difficult must be 1 booleans, got {got}$"):
+        retinanet.label(retinanet.Spec(("a",)), box, box, np.array([0]), difficult)
 
 
 def test_labels_without_objects_or_anchors():

@@ -1,4 +1,4 @@
-"""What training changes in an image and its boxes: flips, scales, and the chain of SSD that AP-loss trains with (ap-loss notes, 5).
+"""What training changes in an image and its boxes: flips, scales, and the chain of SSD that AP-loss trains with (1904.06373; its code).
 
 Everywhere: image uint8 (H, W, 3) RGB; boxes (R, 4) float64, continuous pixels, inside the image; R may be 0, and a side 1 pixel.
 Functions are pure: all chance comes from rng (a NumPy Generator), no input is changed, a result may share memory with its input.
@@ -21,7 +21,7 @@ TRIES = 50
 # Chains
 
 def ssd(image, boxes, labels, rng, size, mean, axes=None, most=4.0):
-    """SSD's augmentation in AP-loss's order: photometric, expand, IoU crop, mirror, warp to size x size (ap-loss notes, 5).
+    """SSD's augmentation in AP-loss's order: photometric, expand, IoU crop, mirror, warp to size x size (1904.06373; its code).
 
     size: pixels, or (width, height). mean: the colour (number or (3,), RGB, 0..255) around expanded images; most: by how much they grow, at
     most. subtract_mean is a step of its own, so that batches wait as uint8. axes: from colour_axes, for PCA lighting; None leaves that out.
@@ -38,7 +38,7 @@ def ssd(image, boxes, labels, rng, size, mean, axes=None, most=4.0):
 
 
 def flip_and_scale(image, boxes, labels, rng, short=(600,), longest=1000):
-    """The augmentation of Fast R-CNN and OHEM (ohem notes, 1.1 and 1.9): mirror, then one of several sizes at random.
+    """The augmentation of Fast R-CNN (1504.08083) and OHEM (1604.03540): mirror, then one of several sizes at random.
 
     short: lengths of the short side to choose from, pixels; longest: no side gets longer (OHEM: 480, 576, 688, 864, 900 and
     2000). CHOICE: mirrored with probability 1/2, where the papers list every image twice. Returns image, boxes, labels.
@@ -95,7 +95,7 @@ def in_corner(images, height, width, normalise, dtype):
 
 
 def short_side_factor(image, short, longest):
-    """The factor that makes the short side `short`, or the long side `longest` if that one would, rounded, be longer (ohem notes, 1.1)."""
+    """The factor that makes the short side `short`, or the long side `longest` if that one would, rounded, be longer (Fast R-CNN's code)."""
     H, W = image.shape[:2]
     factor = short / min(H, W)
     return factor if math.floor(factor * max(H, W) + 0.5) <= longest else longest / max(H, W)
@@ -104,7 +104,7 @@ def short_side_factor(image, short, longest):
 # Colour. Brightness to hue take and return float32 (H, W, 3), 0..255.
 
 def photometric(image, rng, axes=None):
-    """Change the colours at random as SSD does (ap-loss notes, 5): every change with probability 1/2, in this order.
+    """Change the colours at random as SSD does (the code of AP-loss, 1904.06373): every change with probability 1/2, in this order.
 
     Brightness by U(-32, 32); contrast U(0.5, 1.5), before or (a coin) after saturation U(0.5, 1.5) and hue U(-18, 18) degrees;
     lighting by N(0, 0.1) along axes, if given. Returns uint8 (H, W, 3), rounded once, at the end.

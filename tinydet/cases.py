@@ -417,7 +417,8 @@ CASES = [
     Case("clip_value", "", "definition", _clip_value),
     Case("schedules", "step_schedule, cosine_schedule", "definition", _schedules),
     *(Case(op, what, "no gradient", None, why=f"tests/test_{op}.py compares it with its definition") for op, what in (
-        ("assign", "a choice of boxes and anchors"), ("boxes", "targets are constants of training"), ("nms", "a choice of boxes"), ("ohem", "a choice of regions"),
-        ("scan", "sums of indices and counts"), ("sort", "a choice of order"), ("soft_nms", "a choice of boxes and their scores"), ("box_voting", "applied to detections only"),
+        ("assign", "a choice of boxes and anchors"), ("boxes", "targets are constants of training"), ("nms", "a choice of boxes"),
+        ("ohem", "a choice of regions"), ("scan", "sums of indices and counts"), ("sort", "a choice of order"),
+        ("soft_nms", "a choice of boxes and their scores"), ("box_voting", "applied to detections only"),
         ("merge", "applied to detections only"), ("smooth_ap", "array code; its gradient by differences there"))),
 ]

@@ -132,6 +132,16 @@ def integers(op, name, x, shape):
     same_shape(op, shape, **{name: x})
 
 
+def booleans(op, name, x, count):
+    """x as a NumPy array of `count` booleans. Raises TypeError for another dtype, ValueError for another shape."""
+    x = np.asarray(x)
+    if x.dtype != bool:
+        raise TypeError(f"{op}: {name} must be {count} booleans, got {x.dtype}")
+    if x.shape != (count,):
+        raise ValueError(f"{op}: {name} must be {count} booleans, got shape {x.shape}")
+    return x
+
+
 def ternary(op, y, shape):
     """Raise unless y is an integer array of that shape with values -1, 0 and 1 only."""
     integers(op, "labels", y, shape)

@@ -134,7 +134,8 @@ def _infer(op, text, signature, args, macros):
         if pointer and ctype in named:
             found = CTYPES.get(getattr(a, "dtype", None))
             if macros.setdefault(ctype, found) != found:
-                raise TypeError(f"{op}: {name} must be {DTYPES[macros[ctype]].__name__}, as {ctype} is elsewhere, got {getattr(a, 'dtype', type(a).__name__)}")
+                raise TypeError(f"{op}: {name} must be {DTYPES[macros[ctype]].__name__}, as {ctype} is elsewhere, got "
+                                f"{getattr(a, 'dtype', type(a).__name__)}")
     if macros not in variants(text):
         told = "; ".join(", ".join(f"{k}={v}" for k, v in each.items()) for each in variants(text))
         raise TypeError(f"{op}: dtypes and macros must be one of the file's variants ({told}), got {macros}")

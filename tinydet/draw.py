@@ -44,7 +44,8 @@ def regions(image, boxes, labels, background, objects=None, enlarge=1.0):
     draw = ImageDraw.Draw(picture)
     white = [] if objects is None else [(box, "white", 3) for box in objects]
     order = np.argsort(np.asarray(labels) != background, kind="stable")         # the background first, below the others
-    for box, colour, width in white + [(boxes[i], "#9a9a9a" if labels[i] == background else COLOURS[int(labels[i]) % len(COLOURS)], 1) for i in order]:
+    for box, colour, width in white + [(boxes[i], "#9a9a9a" if labels[i] == background else COLOURS[int(labels[i]) % len(COLOURS)], 1)
+                                       for i in order]:
         x1, y1, x2, y2 = (float(v) * enlarge for v in box)
         draw.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=colour, width=width)
     return picture
@@ -263,7 +264,8 @@ def profiles(drawn, path):
                       label=None if k else f"envelope: slope {sum(p.lines) / 2:+.4f}")
         axes.plot([p.score], [p.now], marker="D", color="black", linestyle="", label="now")
         spread = max(np.ptp(values), 1e-3)
-        axes.set(title=title, xlabel="score of the window", ylabel="AP", xlim=(low, high), ylim=(values.min() - spread / 2, values.max() + spread / 2))
+        axes.set(title=title, xlabel="score of the window", ylabel="AP", xlim=(low, high),
+                 ylim=(values.min() - spread / 2, values.max() + spread / 2))
         axes.legend(fontsize="x-small")
         axes.grid(alpha=0.3)
     save(figure, path)

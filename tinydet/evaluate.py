@@ -35,7 +35,7 @@ class ClassResult:
 
 
 def average_precision(recall, precision, eleven_point=False):
-    """Area under the precision-recall curve (ohem notes 5.1).
+    """Area under the precision-recall curve (VOC devkit, VOCap.m; py-faster-rcnn, voc_eval.py).
 
     All points (VOC 2010 on): precision is made non-increasing from the right, AP = sum (r[i+1] - r[i]) * p[i+1].
     eleven_point (VOC 2007): mean over t in np.arange(0, 1.1, 0.1) of the largest precision at recall >= t, with that grid's
@@ -52,7 +52,7 @@ def average_precision(recall, precision, eleven_point=False):
 
 
 def voc(detections, examples, classes, iou=0.5, eleven_point=False, strict=False, places=None, loosened=False):
-    """Evaluate detections of a whole image set, class by class (VOC devkit; ohem notes 5.1).
+    """Evaluate detections of a whole image set, class by class (VOC devkit, VOCevaldet.m).
 
     All detections of a class, best score first (ties: order of images, then of detections). Each looks at the object of its
     class and image of largest IoU (first of equals), difficult ones too: IoU >= iou (strict: >, as voc_eval.py) and the object
@@ -60,7 +60,7 @@ def voc(detections, examples, classes, iou=0.5, eleven_point=False, strict=False
     A duplicate is not tried on a second object. recall = TP / non-difficult objects, precision = TP / (TP + FP), 0/0 = 0.
     detections: per image a tuple boxes (D, 4), labels (D,), scores (D,); examples: the tinydet.data.Example, same order.
     places: per image (D,) integers, by which ties between images go instead.
-    loosened: small objects need less overlap, as in ILSVRC (overfeat notes 5): iou gives way to loosened_iou() of the object that
+    loosened: small objects need less overlap, as in ILSVRC: iou gives way to loosened_iou() of the object that
     the detection overlaps most. CHOICE: VOC's matching stays; ILSVRC's own program looks only at objects that are still free and
     whose own threshold is met, and takes the largest overlap of those.
     Returns {class name: ClassResult}; mean_ap() averages. A class without objects has AP NaN, one without detections AP 0.

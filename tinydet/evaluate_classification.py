@@ -28,7 +28,7 @@ class ErrorRate:
 
 
 def top_k_error(scores, labels, k=5):
-    """Classification error (overfeat notes 3.3): an image is wrong if its label is not among the k classes of largest score.
+    """Classification error (OverFeat, 1312.6229, sec. 3.3): an image is wrong if its label is not among the k classes of largest score.
 
     scores: (N, K) float32 or float64, any scale, infinity allowed; labels: (N,) integers in 0..K-1, one an image. Ties: the lower
     class first. k beyond K counts as K. Raises TypeError for a dtype; ValueError for a shape, k < 1, NaN, a label outside 0..K-1.
@@ -54,7 +54,7 @@ def classification_error(guesses, examples, k=5):
 
 
 def localization_error(guesses, examples, iou=0.5, k=5):
-    """ILSVRC's localization error (overfeat notes 4.4): an image is right if one of its guesses has class and place right.
+    """ILSVRC's localization error (OverFeat, 1312.6229, sec. 4): an image is right if one of its guesses has class and place right.
 
     That is: the guess has IoU >= iou with an object of its own class. The first k guesses of an image count; no guess is wrong.
     guesses: per image a tuple boxes (G, 4), labels (G,), surest first; what follows them is not looked at. examples: the
@@ -88,7 +88,7 @@ def _images(op, guesses, examples, k):
 # AP of images
 
 def presence(examples, K):
-    """Which of K classes each image holds, (N, K) int64: 1 there, 0 not there, -1 only as difficult objects (oquab notes, sec. 6).
+    """Which of K classes each image holds, (N, K) int64: 1 there, 0 not there, -1 only as difficult objects (CHOICE).
 
     examples: the tinydet.data.Example. Tags count as there, beside what the boxes say. An image whose only objects of a class are
     difficult is left out for that class. Raises TypeError if K is no integer; ValueError for K < 1, a label or tag outside 0..K-1.
@@ -107,7 +107,7 @@ def presence(examples, K):
 
 
 def classification_ap(scores, labels, classes, eleven_point=False):
-    """AP of the images ranked by each class's score, as VOC's classification task (oquab notes, sec. 6): {class: evaluate.ClassResult}.
+    """AP of the images ranked by each class's score, as VOC's classification task (HAL hal-00911179, Tables 1, 2): {class: evaluate.ClassResult}.
 
     Best score first (ties: order of images): recall = positives so far / positives, precision = positives so far / images so far, both
     into evaluate.average_precision; eleven_point (VOC 2007) as there. evaluate.mean_ap() averages the classes that have positives.
@@ -118,7 +118,7 @@ def classification_ap(scores, labels, classes, eleven_point=False):
 
 
 def location_hits(points, examples, tolerance=18.0):
-    """Whether the one point of each image and class lies on an object of that class (oquab notes, sec. 4.6), (N, K) bool.
+    """Whether the one point of each image and class lies on an object of that class (Oquab et al., CVPR 2015; unverified), (N, K) bool.
 
     hit = x1 - tolerance <= x <= x2 + tolerance and the same of y, for a box of the class: the border counts.
     points: (N, K, 2) float32 or float64, (x, y) in pixels of the image; examples: the N tinydet.data.Example; tolerance: pixels of the
@@ -141,7 +141,7 @@ def location_hits(points, examples, tolerance=18.0):
 
 
 def location_ap(scores, hits, labels, classes, eleven_point=False):
-    """AP of one point an image and class (oquab notes, sec. 4.6; unverified): classification_ap in which a wrong place is wrong.
+    """AP of one point an image and class (Oquab et al., CVPR 2015; unverified): classification_ap in which a wrong place is wrong.
 
     True positive: label 1 and a hit; any other counted image is a false positive, and one that holds the class is missed as well:
     recall = true positives / images with label 1. Never above classification_ap of the same scores.

@@ -1,7 +1,7 @@
-"""Average precision and recall as COCO defines them (ohem notes 5.2), bit for bit what pycocotools computes.
+"""Average precision and recall as COCO defines them (cocoapi's cocoeval.py), bit for bit what pycocotools computes.
 
 One difference: pycocotools takes the number 0 in place of an id for "unmatched", so what finds the object whose id is 0 counts
-as false there. Here ids do not matter. Matching and accumulation are there twice: as the notes give them, and in Numba.
+as false there. Here ids do not matter. Matching and accumulation are there twice: in NumPy, as the rules read, and in Numba.
 """
 import dataclasses
 
@@ -69,7 +69,7 @@ def _mean(values):
 
 
 def coco(truth, found):
-    """Evaluate detections as COCO does (ohem notes 5.2), on the arrays that tinydet.coco reads.
+    """Evaluate detections as COCO does (cocoapi's cocoeval.py), on the arrays that tinydet.coco reads.
 
     In an image and class, for the best 100 detections, best first, at every IoU threshold and area range: a detection takes the
     object of largest IoU >= threshold (last of equals) among those that are free and count; if there is none, among the ignored:

@@ -24,7 +24,7 @@ class Optimizer:
     Raises ValueError for settings out of range, for unknown names in rates, for lr unless it is finite and >= 0, and for a
     parameter that was frozen when the optimiser was made and trains now; FloatingPointError naming the parameter if a gradient
     is not finite. Nothing is updated then.
-    On a GPU step waits for nothing, so it cannot raise that: a kernel notes the first such parameter in `trouble`, and as long as it
+    On a GPU step waits for nothing, so it cannot raise that: a kernel enters the first such parameter in `trouble`, and as long as it
     is noted nothing is updated and no gradient of a trained parameter is cleared, in this step and those after. check() raises.
     """
 
@@ -120,7 +120,7 @@ class SGD(Optimizer):
     """SGD with momentum and weight decay, on the `params` and `grads` of a layer. Options and errors: see Optimizer.
 
     form "plain": v = momentum * v + (g + weight_decay * w);  w = w - lr * v   (OverFeat, sec. 3.1; where lr enters is a CHOICE.)
-    form "caffe": v = momentum * v + lr * (g + weight_decay * w);  w = w - v   (Fast R-CNN, OHEM; ohem notes, sec. 1.8.)
+    form "caffe": v = momentum * v + lr * (g + weight_decay * w);  w = w - v   (Fast R-CNN, OHEM: Caffe's.)
     They differ when lr changes: plain rescales the momentum there, caffe carries on at the old rate.
     `state` holds the velocities v, 0 at first. momentum lies in [0, 1).
     """
@@ -139,7 +139,7 @@ class SGD(Optimizer):
 
 
 class AdaGrad(Optimizer):
-    """AdaGrad: every element has a rate of its own, which falls as its gradients add up (oquab notes, sec. 4.3).
+    """AdaGrad: every element has a rate of its own, which falls as its gradients add up (Oquab et al., CVPR 2015; the released code).
 
     d = g + weight_decay * w;  m = m + d^2;  w = w - lr * d / sqrt(m)
     m starts at `initial`, 1e-10 in the authors' code, and counts the present gradient: the first step is lr * sign(d) unless d is
@@ -218,7 +218,7 @@ def step_schedule(lr, at, factor, warmup=0, first=1 / 3):
     """Function of the time t (step or epoch): lr * factor^k, k = number of entries of `at` that are <= t.
 
     For t < warmup that times first + (1 - first) * t / warmup. OverFeat (sec. 3.1): step_schedule(5e-2, (30, 50, 60, 70, 80), 0.5)
-    over epochs; AP-loss (notes, sec. 5): warmup 500 steps. Raises ValueError unless warmup >= 0 and first lies in [0, 1].
+    over epochs; AP-loss (its code): warmup 500 steps. Raises ValueError unless warmup >= 0 and first lies in [0, 1].
     """
     if not (warmup >= 0 and 0 <= first <= 1):
         raise ValueError(f"optim.step_schedule: warmup must not be negative and first lie in [0, 1], got {warmup}, {first}")

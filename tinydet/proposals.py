@@ -1,4 +1,4 @@
-"""Region proposals of Fast R-CNN (ohem notes 1.7): from selective-search files, from JSON, or sliding windows whose worst IoU is known.
+"""Region proposals of Fast R-CNN (1504.08083): from selective-search files, from JSON, or sliding windows whose worst IoU is known.
 
 Proposals of an image are an array (M, 4) float64, continuous pixels (x1, y1, x2, y2). Everything here runs on the host, once a data set.
 """
@@ -244,11 +244,11 @@ def _by(dims):
 # Sliding windows
 
 def windows(width, height, sizes, ratios, step, cut=False):
-    """Windows of every size and shape over an image (ohem notes 1.7): boxes (M, 4) float64, no two alike.
+    """Windows of every size and shape over an image (CHOICE; 1504.08083, sec. 5.5, has dense boxes, too): boxes (M, 4) float64, no two alike.
 
         w = s / sqrt(a), h = s * sqrt(a) for sizes s (pixels, the root of the area) and ratios a (height / width);
         x1 = 0, step * w, 2 * step * w, ... while the window lies in the image, and one more flush with the right border; y1 likewise
-    A window larger than the image is dropped, as in the notes. cut=True keeps it, cut at the image (CHOICE): then guarantee() holds
+    A window larger than the image is dropped (CHOICE). cut=True keeps it, cut at the image (CHOICE): then guarantee() holds
     for objects, too, that nearly fill the image. Sides are rounded to 1e-6 pixels.
     Order: sizes as given, ratios as given, rows, columns. M is 0 where no window fits.
     Raises ValueError unless all numbers are positive and finite, and step at most 1 (else pixels lie in no window), or for more than
@@ -316,7 +316,7 @@ def ladder(low, high, factor):
 
 
 def guarantee(size_factor, ratio_factor, step):
-    """The IoU that some window reaches with any object in range (ohem notes 1.7), wherever the object lies: a float.
+    """The IoU that some window reaches with any object in range (ours), wherever the object lies: a float.
 
     size_factor, ratio_factor: from one size or ratio to the next, at least 1; step: as in windows. In range is an object at most
     half a factor off some size and some ratio (by sqrt(factor), beyond the ends of the ladders too), in an image that holds the
@@ -420,7 +420,7 @@ def clean(boxes, width, height, least=2):
     """Proposals cut at the image, without what no net can use, and a dict that counts what was cut or dropped, by kind.
 
     Dropped: rows with NaN or infinity; no area (x2 <= x1 or y2 <= y1); outside the image; a side below `least` pixels after the cut
-    (ohem notes 1.6: 2); rows that repeat an earlier one exactly. A cut of more than one pixel is counted. Kinds that did not occur
+    (Fast R-CNN's code: 2); rows that repeat an earlier one exactly. A cut of more than one pixel is counted. Kinds that did not occur
     are not in the dict. boxes: (R, 4), float32 or float64, of any values. Returns (M, 4) float64 in the order given; none for none.
     Raises TypeError or ValueError for another dtype or shape, ValueError unless width and height are positive and least >= 0.
     """

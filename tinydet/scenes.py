@@ -88,7 +88,7 @@ def items(count, seed, split="train", side=40):
 def close_ups(count, seed, split="train", classes=NEAR + FAR, side=32):
     """`count` images (side, side) of one shape each, a list of Example with the class as tag: a source for transfer to scenes.
 
-    A stand-in for ImageNet (Oquab et al.; notes, sec. 6). A class is a shape and a texture, "striped star"; texture plays the
+    A stand-in for ImageNet (Oquab et al., CVPR 2014; CHOICE). A class is a shape and a texture, "striped star"; texture plays the
     part of a dog's breed, which the target does not tell. NEAR: the six shapes of scenes; FAR: six of no scene (both CHOICE).
     A shape is 50 to 90 % of the side long, turned as in scenes, and up to 10 % of the side off the middle both ways (some lose a
     corner). Its colour is unlike the background, and every other stripe has the mirrored one, 255 - colour, unlike both: sums of
@@ -121,7 +121,7 @@ def _close_up(texture, name, side, rng):
     cx, cy, length = (side * float(v) for v in rng.uniform((0.4, 0.4, 0.5), (0.6, 0.6, 0.9)))
     cover = _cover(shape(name, cx, cy, length, rng.uniform(-TURN, TURN)), side, side)
     under, colour = image[cover > 0.5].mean(0), np.full(3, 127.5)
-    while np.abs((colour - under, 255 - colour - under, 255 - 2 * colour)).sum(1).min() < 180:      # notes, sec. 6: 0.7 of 255
+    while np.abs((colour - under, 255 - colour - under, 255 - 2 * colour)).sum(1).min() < 180:      # CHOICE: 0.7 of 255
         colour = rng.uniform(0, 255, 3)
     angle, period, phase = rng.uniform(0, math.pi), side * rng.uniform(0.12, 0.2), rng.random()
     if texture == "striped":

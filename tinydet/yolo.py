@@ -8,7 +8,7 @@ from tinydet import images
 from tinydet.records import class_names, each_once, example, fitted, given_classes, inside, no_split, number, read_lines, some
 
 LOOKS_LIKE = "labels/ beside images/, or <split>/labels (YOLO)"
-LISTS = ("train", "trainval", "val", "valid", "test")               # <split>.txt beside images/; others may be notes
+LISTS = ("train", "trainval", "val", "valid", "test")               # <split>.txt beside images/; others may be anything
 SPARE = 0.01                        # by which rounding may leave 0..1; beyond it the numbers are pixels
 SLACK = 1.0                         # pixels that rounding may put a corner outside the image
 

@@ -16,8 +16,8 @@ from tinydet.backend import array_module, put, scalar, to_numpy
 from tinydet.layers import LRN, BatchNorm, Composite, Conv2D, Dropout, Flatten, Linear, MaxPool, ReLU, named
 from tinydet.ops import assign, box_voting, boxes as box_ops, nms, ohem, roi_loss, roi_pool, softmax_loss
 
-# Trunks and heads, row by row: ("name", kernel, stride, pad, channels), LRN(...), MaxPool(...); then what the head has. The two published ones from
-# the ohem notes, sec. 1.3; "small" is ours (CHOICE), with batch norm, for training from scratch
+# Trunks and heads, row by row: ("name", kernel, stride, pad, channels), LRN(...), MaxPool(...); then what the head has. The two published ones as
+# 1504.08083's code has them; "small" is ours (CHOICE), with batch norm, for training from scratch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Spec:
 
     short, longest: training scales (the short side of the image in pixels, as the paper has it: 600) and the limit of the long side (1000).
     mean, std: of the pixels, one for each channel; target_mean, target_std: by which the four numbers of a box are normalised, four for all classes
-    or four for each (notes, sec. 1.5: fixed numbers, or those of the training regions, target_statistics).
+    or four for each (fixed numbers, as in Detectron, or those of the training regions, as in the paper's code: target_statistics).
     float_bins: Caffe's bins in float32 where regions are pooled, for parity with nets trained there (ops/roi_pool.py).
     """
 
@@ -104,7 +104,7 @@ class Spec:
 class FastRCNN(Composite):
     """The net of a Spec. Parts: trunk (images to a map), head (pooled regions to numbers), classifier (K + 1), regressor (4 * (K + 1)).
 
-    Weights of trunk and hidden layers by He's rule, classifier N(0, 0.01^2), regressor N(0, 0.001^2) (notes, sec. 1.3), biases 0.
+    Weights of trunk and hidden layers by He's rule, classifier N(0, 0.01^2), regressor N(0, 0.001^2) (1504.08083), biases 0.
     pretrained=True: the table's frozen layers do not train, as the paper has it for published weights.
     """
 
@@ -188,18 +188,19 @@ class Regions:
     overlaps: np.ndarray
 
 
-HIGH = 0.5                          # IoU from which a region holds an object (notes, sec. 1.6)
+HIGH = 0.5                          # IoU from which a region holds an object (1504.08083, sec. 2.3)
 
 
 def label(spec, proposals, boxes, labels, difficult=None, append=True):
-    """What each region of an image must answer (ohem notes, sec. 1.6 and 2.1).
+    """What each region of an image must answer (1504.08083, sec. 2.3; 1604.03540).
 
     The label is that of the object of largest IoU, first wins, where that is >= HIGH, else the background; the target of the box is that object,
-    coded by boxes.encode and normalised. Regions whose IoU with a difficult object is >= HIGH are ignored: such objects are always "hard" (notes,
-    sec. 3); but not those that overlap another object at least as much, the object itself among them (CHOICE).
+    coded by boxes.encode and normalised. Regions whose IoU with a difficult object is >= HIGH are ignored: such objects are always "hard"
+    (CHOICE); but not those that overlap another object at least as much, the object itself among them (CHOICE).
     append=True (training only): the objects themselves, the difficult ones aside, are regions, too. They stand first.
-    proposals: (M, 4), boxes: (G, 4) float64, labels: (G,), difficult: (G,) bool. Returns Regions. Proposals outside the image or without area are
-    background like others (proposals.clean drops them). Raises ValueError for NaN or infinity and for other shapes, TypeError for other dtypes.
+    proposals: (M, 4), boxes: (G, 4) float64, labels: (G,) integers, difficult: (G,) bool. Returns Regions. Proposals outside the image or without
+    area are background like others (proposals.clean drops them). Raises ValueError for NaN or infinity, labels out of range and other shapes,
+    TypeError for other dtypes.
     """
     for name, found in (("proposals", proposals), ("boxes", boxes)):
         checks.float_array("fast_rcnn.label", name, found, "(R, 4)")
@@ -207,10 +208,9 @@ def label(spec, proposals, boxes, labels, difficult=None, append=True):
     checks.integers("fast_rcnn.label", "labels", labels, (len(boxes),))
     if not ((labels >= 0) & (labels < spec.background)).all():
         raise ValueError(f"fast_rcnn.label: labels must lie in 0..{spec.background - 1}, got {labels.min()}..{labels.max()}")
-    if difficult is not None and (np.shape(difficult), np.asarray(difficult).dtype) != ((len(boxes),), bool):
-        raise ValueError(f"fast_rcnn.label: difficult must be {len(boxes)} booleans, got {difficult!r}")
+    difficult = np.zeros(len(boxes), bool) if difficult is None else checks.booleans("fast_rcnn.label", "difficult", difficult, len(boxes))
     proposals, boxes = proposals.astype(np.float64, copy=False), boxes.astype(np.float64, copy=False)
-    usable = np.ones(len(boxes), bool) if difficult is None else ~difficult
+    usable = ~difficult
     regions = np.concatenate([boxes[usable], proposals]) if append else proposals
     R, background = len(regions), spec.background
     answer, targets, overlaps = np.full(R, background), np.zeros((R, 4)), np.zeros(R)
@@ -228,7 +228,7 @@ def label(spec, proposals, boxes, labels, difficult=None, append=True):
 
 
 def target_statistics(spec, regions, per_class=True):
-    """Mean and standard deviation of the boxes' four numbers over training regions: what target_mean and target_std should be (notes, sec. 1.5).
+    """Mean and standard deviation of the boxes' four numbers over training regions: what target_mean and target_std should be (1504.08083's code).
 
     Over all regions of a class, E[v] and sqrt(E[v^2] - E[v]^2), for each class alone or all together. A class of fewer than two
     regions, or whose numbers hardly differ (below 1e-3), takes those of all classes, and those at least 1e-3 (CHOICE; the code would divide by 0).
@@ -256,7 +256,7 @@ def _tuples(values):
 
 
 def fold_targets(net):
-    """A copy of the net whose regressor gives the boxes' numbers themselves: W[:, 4c+k] * std, b * std + mean (notes, sec. 1.5; at export).
+    """A copy of the net whose regressor gives the boxes' numbers themselves: W[:, 4c+k] * std, b * std + mean (the paper's code at export).
 
     The background's four outputs stay. Keep the net itself for training on.
     """
@@ -280,11 +280,11 @@ ACCUMULATE = ("mean_of_means", "global_mean")
 class Sampler:
     """Which regions train, and how their losses add up.
 
-    random: Fast R-CNN's quotas (fraction, low; notes 1.6). ohem: the hardest (threshold, per_label; notes 2.1 and 2.2).
-    ssd: all of a class and `ratio` times as many of the hardest background, both terms divided by the former (notes, sec. 3). focal: all, each
-    faded by (1 - p)^gamma. all: all regions, the mean (the paper's B = 2048).
+    random: Fast R-CNN's quotas (fraction, low; 1504.08083, sec. 2.3). ohem: the hardest (threshold, per_label; 1604.03540, ops/ohem.py).
+    ssd: all of a class and `ratio` times as many of the hardest background, both terms divided by the former (SSD's released code). focal: all,
+    each faded by (1 - p)^gamma. all: all regions, the mean (the paper's B = 2048).
     batch: regions of a step; each of its N images gives batch // N, at least 1 (not used by ssd, focal and all).
-    accumulate: "mean_of_means": the mean over the images of the means over each one's regions (Caffe's, sec. 2.4), "global_mean": over all
+    accumulate: "mean_of_means": the mean over the images of the means over each one's regions (Caffe's iter_size), "global_mean": over all
     regions (not used by ssd and focal). chunk: regions scored at a time, in which nothing is kept for backward.
     low: background whose largest IoU with an object is below it never trains (bg_lo); None is 0.1 for random, as Fast R-CNN has it, else 0.
     noisy: dropout in the scoring pass, as the released prototxt has it; without, the choice depends on nothing random.
@@ -319,7 +319,7 @@ class Sampler:
 
 
 def score(net, maps, rois, labels, targets, sampler, rng=None):
-    """The read-only pass: the loss of every region (R,), in chunks of which nothing is kept (ohem notes, sec. 2.1 and 2.3).
+    """The read-only pass: the loss of every region (R,), in chunks of which nothing is kept (1604.03540, sec. 4.2).
 
     rois: (R, 5), labels: (R,), targets: (R, 4), as on_device makes them. Returns (R,), the map's dtype, 0 for ignored regions.
     It touches no gradient and no running average: heads have no batch norm.
@@ -352,7 +352,11 @@ def choose(net, maps, regions, arrays, sampler, batch, rng):
 
 
 def on_device(maps, n, regions):
-    """rois, labels and targets of the regions of image n, where maps lies."""
+    """rois, labels and targets of the regions of image n, where maps lies, as score() and roi_loss take them.
+
+    maps: (N, h, w, C) of net.features; n: 0..N - 1; regions: the Regions of that image. Returns a list: rois (R, 5), n and the box in pixels of
+    the net's input, and targets (R, 4), both in the maps' dtype; between them labels (R,) int64. Nothing is checked.
+    """
     put = array_module(maps).asarray
     return [rois_of(maps, n, regions), put(regions.labels), put(regions.targets.astype(maps.dtype.name))]
 
@@ -363,7 +367,7 @@ def rois_of(maps, n, regions):
 
 
 def mean_loss(net, x, regions, chunk=512):
-    """Mean loss of all regions of images x, ignored ones left out, whatever trains the net: the curve that OHEM compares (ohem notes, sec. 4).
+    """Mean loss of all regions of images x, ignored ones left out, whatever trains the net: the curve that OHEM compares (1604.03540).
 
     Running averages and no dropout, so it is the loss of the net as it would be used; nothing changes. x: as step() takes it; regions: a list
     of N Regions. chunk: regions scored at a time. Returns a float, NaN without regions.
@@ -377,9 +381,9 @@ def mean_loss(net, x, regions, chunk=512):
 def step(net, x, regions, sampler, rng):
     """Forward, choice of regions, loss and backward for the images x (N, H, W, 3); regions: a list of N Regions. Gradients add up in `net.grads`.
 
-    The trunk runs once; where the choice needs losses, the head runs on all regions first, and then on those chosen (the "two networks" of the
-    notes, sec. 2.3). Returns a dict of numbers, "loss" first, with the share of the regions chosen that hold an object, and the list of the indices
-    chosen in each image. On a GPU the numbers stay there; read are the counts of the chosen, one an image. Raises ValueError unless there are
+    The trunk runs once; where the choice needs losses, the head runs on all regions first, and then on those chosen (the "two networks" of
+    1604.03540, sec. 4.2). Returns a dict of numbers, "loss" first, with the share of the regions chosen that hold an object, and the list of the
+    indices chosen in each image. On a GPU the numbers stay there; read are the counts of the chosen, one an image. Raises ValueError unless there are
     Regions for each image, else as choose().
     """
     if len(regions) != len(x):
@@ -420,9 +424,9 @@ def head_step(net, maps, regions, sampler, rng):
 def training_image(spec, example, proposals, rng, mirror=True, jitter=0, most=None):
     """One image at one of the training scales, with its proposals: uint8 (h, w, 3), proposals, boxes, labels, difficult, in its pixels.
 
-    Mirrored half of the time (CHOICE: the papers' list holds every image twice), the scale drawn from spec.short (notes, sec. 1.1 and 1.9).
-    jitter: copies of each object, of which every edge moves by up to a tenth of the side, stand before the proposals (sec. 1.7; IoU >= 0.64;
-    numbers a CHOICE). most: so many of the proposals, drawn anew each time, where there are more (CHOICE; the papers have about 2000).
+    Mirrored half of the time (CHOICE: the papers' list holds every image twice), the scale drawn from spec.short (1504.08083, 1604.03540).
+    jitter: copies of each object, of which every edge moves by up to a tenth of the side, stand before the proposals (IoU >= 0.64;
+    CHOICE, numbers and all). most: so many of the proposals, drawn anew each time, where there are more (CHOICE; the papers have about 2000).
     """
     if most is not None and len(proposals) > most:
         proposals = proposals[np.sort(rng.choice(len(proposals), most, replace=False))]
@@ -451,14 +455,14 @@ def batch(net, images):
 
 @dataclasses.dataclass(frozen=True)
 class Testing:
-    """How detections are made (ohem notes, sec. 1.9). short, longest: scales, each region at the one where its area is nearest 224^2 (`near`).
+    """How detections are made (the papers' code). short, longest: scales, each region at the one where its area is nearest 224^2 (`near`).
 
     min_score, nms, limit: a class keeps what scores more, NMS at this IoU, then the best `limit` of an image over all classes (ties at the last
-    score are cut by order, CHOICE). iterate: the boxes that score more than both `again` and min_score (CHOICE; the notes have "high-scoring") go in
+    score are cut by order, CHOICE). iterate: the boxes that score more than both `again` and min_score (CHOICE: what counts as high-scoring) go in
     as regions once more, for all classes (CHOICE), and of both lists the kept boxes become the score-weighted mean of those of their class that
-    overlap by at least `vote` (MR-CNN's iterative boxes and voting). chunk: regions that go through the head together.
+    overlap by at least `vote` (MR-CNN's iterative boxes and voting, 1505.01749). chunk: regions that go through the head together.
     scores: "softmax", the class's probability, or "raw", its output as it is, as nets trained for mAP rank (fast_rcnn_map.py): then there is no
-    min_score, and no iterate. per_class: the best so many of a class in an image before NMS (map-loss notes, sec. 2: 100); None: all.
+    min_score, and no iterate. per_class: the best so many of a class in an image before NMS (Fast R-CNN's code: 100); None: all.
     """
 
     short: tuple = (600,)
@@ -524,6 +528,10 @@ def look(net, image, pyramid, factors, regions, testing):
 
     Each region is pooled at the scale where its area is nearest near^2 (ties: the first). Regions without area give probability 0, score -inf;
     of one that lies outside the image every bin is empty, and the head sees zeros.
+    image: (H, W, 3), of which only the size counts; pyramid: a list of S maps (1, h, w, C), of net.features, on the net's device; factors: (S,)
+    NumPy array, float, pixels of the net's input for each pixel of the image; regions: float64, in pixels of the image, finite.
+    The results lie on the host. M = 0 gives empty ones. Raises as boxes.area for regions of another shape or dtype, and as roi_pool.forward for
+    infinite ones; NaN counts as without area (detect() refuses both). That there is a map for each factor is not checked.
     """
     K, spec, softmax = net.spec.background, net.spec, testing.scores == "softmax"
     p, boxes = np.full((len(regions), K + 1), 0.0 if softmax else -np.inf), np.zeros((len(regions), K, 4))

@@ -1,11 +1,11 @@
 """Fast R-CNN trained for mean average precision after NMS, in the spirit of Henderson & Ferrari (1607.03476; ops/map_loss.py says how far).
 
-The loss looks at all windows of all images of a batch, which should hold many (map-loss notes, sec. 5: 64): their layers' caches would not fit
-into memory. The step here is exact all the same, in two passes (sec. 5, item 3): the first runs image by image and keeps scores and boxes alone;
+The loss looks at all windows of all images of a batch, which should hold many (CHOICE: 64): their layers' caches would not fit
+into memory. The step here is exact all the same, in two passes (CHOICE): the first runs image by image and keeps scores and boxes alone;
 from those of the whole batch follow loss and gradients of the scores; the second runs each image once more, in the same random state, and
 backward. Regions without any gradient, which are most, need not run again.
 
-The recipe is the notes' sec. 5, [D] there, as none of the paper's could be read: CHOICE throughout.
+The recipe is this project's own, as none of the paper's could be read: CHOICE throughout.
 """
 import dataclasses
 from typing import NamedTuple
@@ -34,7 +34,7 @@ class Objective:
     centre: take the mean over a class's candidates off its pseudo-gradient. AP stays where all scores of a class move together, so that a gradient
     of it would sum to 0 over them; the pseudo-gradients, each of one window moved alone, do not: most candidates are false ones that mostly do
     harm, and are pushed down together. With large steps and high rates the true ones go with them. In return those without a pseudo-gradient
-    are then pushed up (CHOICE, not in the notes; README has figures).
+    are then pushed up (CHOICE; README has figures).
     Smooth L1: mean over the windows of IoU >= 0.5 with an object; cross-entropy: mean over all windows, ignored ones left out. score_weight: AP is
     the same for all scores times 2; this keeps them in place. The candidates of a class are its `most` best of each image.
     chunk: regions that go through the head together.
@@ -97,7 +97,7 @@ class View(NamedTuple):
 def view(spec, size, proposals, boxes, labels, difficult, x=None, maps=None):
     """A View: windows and objects as fast_rcnn.training_image gives them (with jitter=0), and either x or maps.
 
-    Windows are those that there will be at test time: the objects' own boxes are none (notes, sec. 5, item 7). Raises as fast_rcnn.label, and
+    Windows are those that there will be at test time: the objects' own boxes are none (CHOICE). Raises as fast_rcnn.label, and
     ValueError unless there is one of x and maps.
     """
     if (x is None) == (maps is None):
@@ -197,7 +197,7 @@ def loss(net, scores, deltas, views, objective):
     """The terms of the objective for what the net says of all regions, (n, K + 1) and (n, 4 * (K + 1)): values, dscores, ddeltas.
 
     values: what step() tells but "rows"; dscores, ddeltas: shapes and dtypes of scores and deltas.
-    The boxes that NMS and matching see follow from deltas, cut at the image, and get no gradient of it (notes, sec. 1). Raises as map_loss.loss.
+    The boxes that NMS and matching see follow from deltas, cut at the image, and get no gradient of it (CHOICE). Raises as map_loss.loss.
     """
     K, xp, dtype = net.spec.background, array_module(scores), scores.dtype
     labels, targets = (np.concatenate([getattr(v.regions, name) for v in views]) for name in ("labels", "targets"))
@@ -264,10 +264,10 @@ def candidates(z, views, most):
 
 
 def ranking_scores(scores, how):
-    """(n, K) by which the windows of each class rank, from outputs s (n, K + 1), the background's last (map-loss notes, sec. 2).
+    """(n, K) by which the windows of each class rank, from outputs s (n, K + 1), the background's last (CHOICE; the paper's is not known).
 
     raw          s_c; the background's output has no part
-    log_odds     s_c - log sum_{j != c} exp(s_j) = log(p_c / (1 - p_c)) of the softmax p: ranks as p, and does not saturate (CHOICE, not in the notes)
+    log_odds     s_c - log sum_{j != c} exp(s_j) = log(p_c / (1 - p_c)) of the softmax p: ranks as p, and does not saturate (CHOICE)
     log_softmax  log p_c: ranks as p, and near p = 1 hardly moves
     """
     if how == "raw":

@@ -1,6 +1,6 @@
 """Published weights for Fast R-CNN's nets (fast_rcnn.TABLES), read by name from .npz and .safetensors files.
 
-The names are those of Caffe, in which the papers' nets were published (ohem notes, sec. 1.3), and of torchvision's VGG16. A file
+The names are those of Caffe, in which the papers' nets were published (1504.08083, 1604.03540), and of torchvision's VGG16. A file
 must be complete in one naming, that of which it holds the most names.
 """
 import zipfile
@@ -65,7 +65,7 @@ def load_published(net, path, bgr=True, background="first"):
         Caffe's VGG16 and VGG_CNN_M_1024 see BGR minus (102.9801, 115.9465, 122.7717), undivided: Spec's mean and std are these, in
         RGB order. torchvision's VGG16 sees RGB in 0..1, normalised: take bgr=False and Spec with mean = 255 * (0.485, 0.456, 0.406)
         and std = 255 * (0.229, 0.224, 0.225). It also pools by floor, this net by ceil, as Caffe does: maps of odd sides differ.
-        In detectors that Fast R-CNN's code saved, bbox_pred has the normalisation of the targets folded in (ohem notes, sec. 1.5):
+        In detectors that Fast R-CNN's code saved, bbox_pred has the normalisation of the targets folded in (as fast_rcnn.fold_targets does):
         Spec(target_mean=(0.0,) * 4, target_std=(1.0,) * 4).
         To train from ImageNet's weights as the paper does, FastRCNN(..., pretrained=True) freezes its frozen layers.
     Unverified: no published file was at hand, the tests write files by these rules.

@@ -3,17 +3,17 @@
 One Krizhevsky-style net in three parts: a trunk of convolutions, FC6 and FC7 ("features"), and a head. The head of the source task
 is FC8; a transferred net has two adaptation layers instead, FCa and FCb: for patches with boxes ("strong", K classes and
 background), or for whole images ("weak", K classes, no background). All fully connected layers are convolutions, so that the net
-slides over images of any size from one window on (notes, sec. 4.1); on one window of 224 pixels they are the paper's.
+slides over images of any size from one window on (CVPR 2015; the released code); on one window of 224 pixels they are the paper's.
 oquab_patches.py has the training and test of strong supervision, oquab_weak.py those of weak supervision.
 
 Sections of the paper are those of the report of November 2013 (HAL hal-00911179) for transfer: net and adaptation layers 3.1, recipe 4.
-The table is that of the authors' released code (notes, sec. 1): no grouped convolutions, floor pooling, ReLU -> LRN -> pool, LRN with
+The table is that of the authors' released code: no grouped convolutions, floor pooling, ReLU -> LRN -> pool, LRN with
 k = 1 and alpha / n. Krizhevsky et al. write k = 2 and alpha undivided (unverified): Spec.lrn_k, Spec.divide_by_n.
 The convolutions are padded: a cell of the map sees 355 pixels and not 224, and equals the net on a crop of 224 pixels only where the
 whole input is that crop.
 
-The small net is that of the notes' toy experiment (sec. 6), to train on a CPU: window 32, a cell every 8 pixels, no LRN; its FCa has 128 units
-(CHOICE: the toy had 64 and 96).
+The small net is ours (CHOICE), to train on a CPU: window 32, a cell every 8 pixels, no LRN; its FCa has 128 units (CHOICE: a first trial had
+64 and 96).
 """
 import copy
 import dataclasses
@@ -90,8 +90,8 @@ def rows(table, outputs, head="source", adapt_kernel=1, width=1.0, adapt=None):
     """All convolutions, as Rows, of the net with so many outputs.
 
     head: "source": head.fc8; "strong", "weak": head.fca and head.fcb, the last without ReLU (the softmax is the loss's).
-    adapt_kernel: side of FCa and FCb, of weak nets alone: 1, as the paper has it, or 3 with padding 1, as the released code (notes,
-    sec. 4.1). width: factor on all channels but the 3 of the image and the outputs, rounded to the nearest number, halves up, at
+    adapt_kernel: side of FCa and FCb, of weak nets alone: 1, as the paper has it, or 3 with padding 1, as the released code.
+    width: factor on all channels but the 3 of the image and the outputs, rounded to the nearest number, halves up, at
     least 1. adapt: units of FCa, taken as they are; None: the table's, times width. Raises ValueError, TypeError.
     """
     op = "oquab.rows"
@@ -161,7 +161,7 @@ def fields(table, adapt_kernel=1):
 
     field: side of the receptive field; stride: pixels between neighbouring cells; first: the first pixel that cell 0 sees, below 0
     in the padding. A layer of size k, stride s and padding p before turns (field, stride, first) into
-    (field + (k - 1) * stride, stride * s, first - p * stride). FC7 of the full nets: 355, 32, -66 (notes, sec. 4.1).
+    (field + (k - 1) * stride, stride * s, first - p * stride). FC7 of the full nets: 355, 32, -66.
     adapt_kernel: 1 or 3, as of rows; it is not checked here.
     """
     field, stride, first, found = 1, 1, 0, []
@@ -175,9 +175,9 @@ def fields(table, adapt_kernel=1):
 def centres(table, n, adapt_kernel=1):
     """(n,) float64: where the cells of a scores' map of side n look, in pixels of the image: step * i + first + field // 2.
 
-    32 i + 111 of the full nets (notes, sec. 4.1), 8 i + 16 of the small one; FCa and FCb of any kernel keep it. Of an even field
+    32 i + 111 of the full nets, 8 i + 16 of the small one; FCa and FCb of any kernel keep it. Of an even field
     (small: 48) that is its middle. Of an odd one (355) it is the index of the middle pixel, whose own middle is 32 i + 111.5 where
-    pixels are continuous, as in oquab_weak.py: half a pixel less (CHOICE: the notes' number).
+    pixels are continuous, as in oquab_weak.py: half a pixel less (CHOICE).
     """
     _, field, stride, first = fields(table, adapt_kernel)[-1]
     return stride * np.arange(n, dtype=np.float64) + first + field // 2
@@ -205,9 +205,9 @@ class Spec:
     """What a net is, apart from its arrays.
 
     classes: names of its outputs; a strong net has one more, the last: background. table: a name of TABLES. head, width, adapt,
-    adapt_kernel: see rows. dropout: behind FC6, FC7 and FCa; inverted (CHOICE, as notes, sec. 6), or classical as in the papers:
+    adapt_kernel: see rows. dropout: behind FC6, FC7 and FCa; inverted (CHOICE), or classical as in the papers:
     unscaled in training, times 1 - dropout at test time. Dropping maps is the weak head's; behind FC6 single values drop (CHOICE).
-    init: None: weights by He's rule, biases 0 (CHOICE, notes, sec. 6). A number: N(0, init^2), biases 1 in conv2, conv4, conv5, fc6
+    init: None: weights by He's rule, biases 0 (CHOICE). A number: N(0, init^2), biases 1 in conv2, conv4, conv5, fc6
     and fc7, else 0; 0.01 is Krizhevsky's (unverified).
     lrn_k, divide_by_n: of LRN, where the table has it. mean, std: what normalise takes, for all channels (CHOICE: about ImageNet's;
     the papers subtract the training mean and do not divide).
@@ -263,7 +263,7 @@ class Oquab(Sequential):
     """The net of a Spec. Parts: trunk (convolutions, LRN, poolings), features (FC6, its dropout, FC7), head.
 
     Heads: source: drop, fc8; strong and weak: drop, fca, fca_drop, fcb, the weak one dropping whole maps, the same for all images of
-    a batch (notes, sec. 4.1). FC7's dropout stands first in the head: frozen features are those without it.
+    a batch (the released code). FC7's dropout stands first in the head: frozen features are those without it.
     A part that is frozen as a whole runs in test mode, whatever forward is told: what frozen_part gives may be kept.
     """
 
@@ -326,7 +326,7 @@ class Oquab(Sequential):
 # What trains, and what is computed once
 
 def freeze(net, trains):
-    """Freeze all but what transfer trains (paper of 2014, sec. 3.1, "fc6": sec. 4; notes, sec. 2): make the optimiser after this.
+    """Freeze all but what transfer trains (paper of 2014, sec. 3.1, "fc6": sec. 4): make the optimiser after this.
 
     trains: "head": trunk, FC6 and FC7 stay (FCa and FCb train; of a source net FC8). "fc6": FC6 trains too, trunk and FC7 stay
     (PRE-1512U, actions). "all": nothing stays. Returns the net. Raises ValueError for another name.

@@ -1,6 +1,6 @@
 """Strong supervision of Oquab, Bottou, Laptev, Sivic (CVPR 2014): square patches of an image, what each is an example of, and what
-the scores of all patches say of the image (paper, sec. 3.2 and 3.3; notes, sec. 3). For action classification: the one patch of a
-person (paper, sec. 4; notes, sec. 2).
+the scores of all patches say of the image (paper, sec. 3.2 and 3.3). For action classification: the one patch of a
+person (paper, sec. 4). Sections are those of the report of November 2013 (HAL hal-00911179), as in oquab.py.
 
 Training: for each image tiles() and label(), once; resample() over all patches; cut() to the window of the net, and
 softmax_loss.loss over K classes and the background, label K. Test: y = softmax of all tiles, without the background's column, then
@@ -22,10 +22,10 @@ REDUCTIONS = ("mean", "sum")
 LEAST_SQUARE, MOST_SQUARE = 0.01, 1 << 13               # pixels, side of what mirrored_patch cuts out
 
 
-# Tiling and labels (paper, sec. 3.2; notes, sec. 3.1 to 3.3)
+# Tiling and labels (paper, sec. 3.2)
 
 def tiles(width, height, lambdas=LAMBDAS, overlap=2 / 3):
-    """Square patches of several sizes on regular grids over an image (paper, sec. 3.2; notes, sec. 3.1).
+    """Square patches of several sizes on regular grids over an image (paper, sec. 3.2).
 
         s = min(width, height) / lambda;   n(L) = 1 if L <= s, else 1 + ceil((L - s) / ((1 - overlap) * s) - 1e-9)
     n(width) x n(height) patches, starts evenly spaced from 0 to L - s: the last ones touch the border, neighbours share at least
@@ -54,11 +54,11 @@ def tiles(width, height, lambdas=LAMBDAS, overlap=2 / 3):
 
 
 def label(tiles, boxes, labels, background, difficult=None, same_class_ok=False):
-    """What each patch P is an example of (paper, sec. 3.2 and Fig. 4; notes, sec. 3.2): (M,) int64.
+    """What each patch P is an example of (paper, sec. 3.2 and Fig. 4): (M,) int64.
 
     An object of box B qualifies if |P and B| >= 0.2 |P| (else it is too small) and >= 0.6 |B| (else it is truncated), both
     compared as 5 I >= |P| and 5 I >= 3 |B|, exact for whole pixels. One qualifies: its class. None: background, even if parts of
-    objects are visible. Several: -1, the patch is deleted; with same_class_ok its class if all are of one (option of the notes; the
+    objects are visible. Several: -1, the patch is deleted; with same_class_ok its class if all are of one (CHOICE; the
     text says "object"). CHOICE: -1 too where a difficult object qualifies. The text's criterion (iii), read literally, would
     delete every patch that touches two boxes; Fig. 4 does not.
     tiles: (M, 4), boxes: (R, 4) float, pixels, M and R may be 0; labels: (R,) integers 0..background - 1; difficult: (R,) bool,
@@ -94,7 +94,7 @@ def label(tiles, boxes, labels, background, difficult=None, same_class_ok=False)
 
 
 def resample(labels, background, share, rng):
-    """Indices, ascending, of the patches that train (paper, sec. 3.2; notes, sec. 3.3): all positives, a random share of the background.
+    """Indices, ascending, of the patches that train (paper, sec. 3.2): all positives, a random share of the background.
 
     floor(share * backgrounds + 0.5) backgrounds, without repetition; none deleted. The paper: share = 0.1, drawn once.
     labels: (M,) integers as of label(), of one image or of all; rng: NumPy Generator. Returns (n,) int64.
@@ -137,7 +137,7 @@ def cut(image, tiles, side):
 
 
 def mirrored_patch(image, box, side, context=1.0):
-    """The patch of an object, as in the action task (paper, sec. 4; notes, sec. 2): uint8 (side, side, 3), resized as in cut().
+    """The patch of an object, as in the action task (paper, sec. 4): uint8 (side, side, 3), resized as in cut().
 
     The square around the middle of the box, of side `context` times the box's longer side (CHOICE; the paper names no size).
     Beyond its borders the image goes on mirrored, again and again: pixel -1 is pixel 0, -2 is 1.
@@ -171,7 +171,7 @@ def _mirrored(i, n):
     return np.minimum(i, 2 * n - 1 - i)
 
 
-# Scores of an image (paper, sec. 3.3 and 4; notes, sec. 3.4)
+# Scores of an image (paper, sec. 3.3 and 4)
 
 def image_score(y, k=5):
     """score_c = (1 / M) sum_i y[i, c]^k over all M patches of an image (paper, sec. 3.3, eq. 1): (K,), same dtype and device.

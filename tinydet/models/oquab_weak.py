@@ -1,4 +1,4 @@
-"""Oquab et al., "Is object localization for free?" (CVPR 2015): where objects are, learnt from names alone (notes, sec. 4).
+"""Oquab et al., "Is object localization for free?" (CVPR 2015): where objects are, learnt from names alone.
 
 The net of oquab.py with head "weak" runs over a frame, a square that holds the photograph in its upper left corner; the largest
 cell of each class's map is that class's score in the image, and the one cell that learns. Training: frame() once, rescaled() by
@@ -6,12 +6,12 @@ one factor drawn from TRAIN_SCALES for each batch, net.forward, loss(), net.back
 what is there, combined() and locate() for where; boxes() for its extent.
 
 Pixels are continuous: the middle of pixel j is j + 0.5. A cell of the map stands for its centre, 32 i + 111 pixels of the net's
-input (full net, half a pixel less than the middle of its field; 8 i + 16 small), divided by the factor (notes, sec. 4.6; more in
+input (full net, half a pixel less than the middle of its field; 8 i + 16 small), divided by the factor (CHOICE; more in
 oquab.centres). It also sees what lies around, padding included: a
 cell's score is not that of the window cut out. Frames are as wide as high, so that one factor goes for both sides.
 
 Unverified, from memory of the paper: frames, masked pooling, the location metric; the boxes are ours, a plain rule where the
-paper's could not be confirmed (notes, sec. 4.3 to 4.6).
+paper's could not be confirmed. The loss, the factors and the scales of the test are those of the authors' released code.
 """
 import math
 
@@ -22,8 +22,8 @@ from tinydet.backend import array_module, put, to_numpy
 from tinydet.models import oquab
 from tinydet.ops import boxes as box_ops, global_max_pool, logistic_loss, nms
 
-SCALES = (0.5, 0.7, 1, 1.4, 2, 2.8)                     # of the test, factors on a frame of 500 pixels (notes, sec. 4.4)
-TRAIN_SCALES = (0.7, 1.4)                               # one factor a batch, uniform between these (notes, sec. 4.3)
+SCALES = (0.5, 0.7, 1, 1.4, 2, 2.8)                     # of the test, factors (the released code) on a frame of 500 pixels
+TRAIN_SCALES = (0.7, 1.4)                               # one factor a batch, uniform between these (the released code)
 ALIGNMENTS = ("centres", "stretch")
 SIDES = (0.12, 0.17, 0.24, 0.34, 0.48, 0.68, 0.96)      # of boxes(), by about sqrt(2) from one to the next
 RATIOS = (1, 2, 0.5)                                    # their height / width
@@ -32,7 +32,7 @@ RATIOS = (1, 2, 0.5)                                    # their height / width
 # What the net sees
 
 def frame(net, image, side):
-    """An image in the corner of a square of `side` pixels, as the net takes it (notes, sec. 4.3; unverified).
+    """An image in the corner of a square of `side` pixels, as the net takes it (CVPR 2015, unverified; the corner: the released code).
 
     Resized (bilinear) so that its longer side is `side`, smaller images too; the mean subtracted; then zeros to the right and below
     (CHOICE: the papers do not say which comes first). image: uint8 (H, W, 3).
@@ -76,7 +76,7 @@ def _between(at, knots):
 # Training
 
 def loss(maps, labels, mask=None):
-    """The loss of a batch: the best cell per class, then one logistic loss per class (notes, sec. 4.1 and 4.2).
+    """The loss of a batch: the best cell per class, then one logistic loss per class (CVPR 2015; the released code).
 
         f[n,k] = max_{i,j} maps[n,i,j,k];  value = 1/N sum_{n,k} log(1 + exp(-y[n,k] f[n,k]))
         dmaps = -y * sigmoid(-y f) / N at the first largest cell in row order, 0 elsewhere
@@ -91,7 +91,7 @@ def loss(maps, labels, mask=None):
 
 
 def masks(net, side, factor, size, boxes, labels, K):
-    """Where the max of each class may look in masked pooling, "strong + weak" (notes, sec. 4.5; unverified).
+    """Where the max of each class may look in masked pooling, "strong + weak" (CVPR 2015; unverified).
 
     Returns bool (N, h, w, K), on the host, for loss().
     A class that has boxes looks at the cells whose centre lies in one of them, the border counts; where none does it looks
@@ -128,12 +128,12 @@ def _centres(op, net, side, factor, n):
     return oquab.centres(net.table, n, net.spec.adapt_kernel) * side / pixels
 
 
-# Test (notes, sec. 4.4)
+# Test (the released code)
 
 def look(net, x, scales=SCALES):
     """The maps of a frame x (side, side, 3), on the host, at every scale: a list of (h, w, K) float64, raw scores, on the host.
 
-    Row D of the results, "full images", not slid over (notes, sec. 4.5; unverified): a frame of net.table.window, scales (1,).
+    Row D of the results, "full images", not slid over (the authors' slides; unverified): a frame of net.table.window, scales (1,).
     Raises ValueError without scales, and as rescaled.
     """
     if not len(scales):
@@ -143,14 +143,14 @@ def look(net, x, scales=SCALES):
 
 
 def scores(maps):
-    """(K,) float64, the score of every class: the max of each map, averaged over the scales (notes, sec. 4.4).
+    """(K,) float64, the score of every class: the max of each map, averaged over the scales (the released code).
 
     maps: of look(), at least one. Raw scores, not probabilities: their mean is taken before any sigmoid.
     """
     return np.mean([m.max((0, 1)) for m in maps], 0)
 
 
-# Where (notes, sec. 4.6)
+# Where (CVPR 2015; unverified)
 
 def combined(net, maps, scales, side, size, align="centres"):
     """One map of the photograph from those of all scales: (h, w, K) float64, the mean of the maps interpolated at every pixel of it.
@@ -179,7 +179,7 @@ def locate(map, factor):
     """The surest point of every class: points (K, 2) float64, (x, y) in pixels of the image, and confidences (K,).
 
     The middle of the first largest pixel of a combined map (h, w, K), in row order, divided by the frame's factor; its value is the
-    confidence (notes, sec. 4.6; unverified). Where cells at the border win, the map is flat out to it, and the first pixel is the
+    confidence (CVPR 2015; unverified). Where cells at the border win, the map is flat out to it, and the first pixel is the
     border's own: at scale 2.8 up to 39.6 pixels of the frame off the centre. Raises ValueError for shapes, TypeError for dtypes.
     """
     checks.float_array("oquab_weak.locate", "map", map, "(h, w, K)")
@@ -190,7 +190,7 @@ def locate(map, factor):
 
 
 def boxes(map, factor, size, sides=SIDES, ratios=RATIOS, step=0.15, threshold=0.3, limit=300):
-    """Boxes that stand out of a combined map (h, w, K). Ours, the paper's could not be confirmed (notes, sec. 4.6): all CHOICE.
+    """Boxes that stand out of a combined map (h, w, K). Ours, the paper's could not be confirmed: all CHOICE.
 
     Boxes of every size and shape slide over the map; score = mean inside - mean in the ring around: the box of the same centre
     and twice the area, less the box, cut at the border. Those with score > 0 go through NMS, class by class.

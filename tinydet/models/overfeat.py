@@ -4,7 +4,7 @@ A trunk runs once on the image. Its last pooling is applied at every offset ("fi
 fully connected layers are convolutions, sees a window every `jump` pixels and not every `step`. Per scale and class the best window
 counts; scales and mirrored images are averaged. The regressor (sec. 4) sees the same windows.
 
-Where the paper contradicts itself (notes, 1.3), this file takes what its Tables 1 and 3 and the released weights say:
+Where the paper contradicts itself, this file takes what its Tables 1 and 3 and the released weights say:
     The text mixes the two nets: "layers 1-5", 221x221 crops, 2x3x2x3 subsampling, the offsets {0, 1, 2}, the 5x5 classifier and
     Table 5 fit the accurate net only (its conv6 is the text's layer 5). The fast net has windows of 231 pixels (on 221 its last map
     is 5x5, less than the 6x6 that its classifier needs), a last pooling of 2x2, and so the offsets {0, 1}: in general 0..pool - 1.
@@ -157,7 +157,7 @@ Outputs = namedtuple("Outputs", "trunk pooled coarse fine")
 
 def outputs(table, H, W):
     """Sizes (h, w) of what an image of H x W pixels becomes, as Outputs: the trunk's map, its pooled map at offset (0, 0), the heads'
-    maps at coarse and fine stride. Floor everywhere (notes, 1.3 and 3.1): fine = n - pool * k + 1 for a trunk map of n.
+    maps at coarse and fine stride. Floor everywhere (sec. 3.3; the released code): fine = n - pool * k + 1 for a trunk map of n.
 
     Raises ValueError where the image holds no window: 231x231 pixels for the fast net, 221x221 for the accurate one.
     """
@@ -182,7 +182,7 @@ def windows(table, h, w, offset=None):
     """(h*w, 4) windows of a head's map of h x w, in row order: (x1, y1, x2, y2), float64 pixels of the net's input.
 
     Output (r, c) stands for [jump * c, jump * c + window) across, likewise down; at one offset (oy, ox), output (i, j) for what
-    begins at jump * (pool * j + ox). In padded trunks it also sees what lies around (notes, 1.3).
+    begins at jump * (pool * j + ox). In padded trunks it also sees what lies around.
     """
     (oy, ox), step = offset or (0, 0), table.jump if offset is None else table.step
     y, x = np.indices((h, w), float).reshape(2, -1) * step + np.array([[oy], [ox]]) * table.jump
@@ -351,7 +351,7 @@ class OverFeat(Composite):
 
         dscores, dedges: of the shapes that forward returned; None for a head that has no gradient. cache: forward's.
 
-        At all offsets (notes, 3.5) the heads' gradients add up over the offsets, and a cell of the trunk's map adds up those of all
+        At all offsets (sec. 3.3) the heads' gradients add up over the offsets, and a cell of the trunk's map adds up those of all
         the tiles that it won.
         """
         shape, offset, heads, trunk_cache, pool_cache, pooled, caches, context_cache = cache
@@ -406,7 +406,7 @@ class OverFeat(Composite):
     def dense(self, x, route="offsets", heads=("classifier", "regressor"), coarser=None):
         """The heads at every offset, at test time: F (N, n - pool * k + 1, m - pool * k + 1, .) for a trunk map of n x m.
 
-        route "offsets" (notes, 3.1): the heads on the pooled map of each offset, interleaved; "dilated" (notes, 3.4): one run on the
+        route "offsets" (sec. 3.3): the heads on the pooled map of each offset, interleaved; "dilated" (sec. 3.3): one run on the
         max pool of stride 1, the k x k kernel dilated by `pool` (the paper's skip-kernels). Both give the same F, up to rounding.
         coarser: see forward. Returns scores and edges as forward; F[:, ::pool, ::pool] is what the coarse stride has of F.
         Raises ValueError for another route, and where x holds no window.
@@ -481,6 +481,7 @@ def ten_views(table, image, short=256):
     """The four corners and the centre of the image of short side `short`, then the same mirrored: uint8 (10, window, window, 3).
 
     The baseline of Table 2 (unverified). Corners of the whole image are a CHOICE: Krizhevsky et al. cut a square out of it first.
+    image: uint8 (H, W, 3); short: pixels. Raises ValueError for a short side below the window.
     """
     image, side = _short_side("ten_views", table, image, short), table.window
     H, W = (n - side for n in image.shape[:2])
@@ -541,7 +542,10 @@ def committee(nets, image, **how):
 
 
 def class_maps(net, images, probabilities=True, fine=True):
-    """The classifier's maps of uint8 images (N, H, W, 3): (N, h, w, K), float64 on the host. Options: see classify."""
+    """The classifier's maps of uint8 images (N, H, W, 3): (N, h, w, K), float64 on the host. Options: see classify.
+
+    Sizes h, w: outputs(), fine or coarse. Raises ValueError where the images hold no window, or are no (N, H, W, 3).
+    """
     x, heads = put(net.normalise(images)), ("classifier",)
     scores = to_numpy(net.dense(x, heads=heads)[0] if fine else net.forward(x, heads=heads)[0]).astype(np.float64)
     return softmax_loss.softmax(scores) if probabilities else scores

@@ -8,6 +8,7 @@ import warnings
 
 import numpy as np
 
+from tinydet import checks
 from tinydet.backend import array_module, put, to_numpy
 from tinydet.data import flip, mean_std, view
 from tinydet.models import overfeat
@@ -64,9 +65,13 @@ def draw(labels, background, rng, most=64, ratio=3, least=8, offending=0.5):
 def select(labels, ranks, p_background, background):
     """Labels (N, M) with -1 for the background windows whose rank by p(background) in their image is not True in ranks.
 
-    labels, ranks (draw() of each image), p_background: (N, M), on one device: on the GPU the scores stay there. Ties: first window.
+    labels (N, M) integers and ranks (N, M) bool: draw() of each image; p_background: (N, M) float32 or float64, probabilities; background: its
+    label. All on one device: on the GPU the scores stay there. Returns labels (N, M), same dtype; N or M may be 0. Ties: first window.
+    Raises ValueError for shapes that differ, TypeError for what is no array.
     """
     xp = array_module(p_background)
+    checks.array("overfeat_detect.select", "labels", labels)
+    checks.same_shape("overfeat_detect.select", labels.shape, ranks=ranks, p_background=p_background)
     key = xp.where(labels == background, p_background, xp.inf)
     rank = xp.argsort(xp.argsort(key, 1, kind="stable"), 1, kind="stable")
     return xp.where((labels != background) | xp.take_along_axis(ranks, rank, 1), labels, -1)
@@ -82,8 +87,12 @@ def loss(spec, scores, edges, targets, rng, box_weight=1.0, offset=(0, 0), **dra
     Of a net without background class (Spec.background) no window of the background trains; scores then have K channels.
     Returns a dict of numbers (loss, class_loss, box_loss, positives) and dscores, dedges, of the shapes and dtype of scores and edges.
     On a GPU the losses stay there, too.
+    Raises ValueError without images, for targets of another number of them, edges that do not fit the scores, a label beyond the channels, and as
+    assign; TypeError for dtypes and for options that draw() has not.
     """
     N, h, w, channels = scores.shape
+    if not N == len(targets) > 0:
+        raise ValueError(f"overfeat_detect.loss: there must be targets for each image, at least one, got {len(targets)} for {N}")
     background = len(spec.classes)
     grid = overfeat.windows(spec.layers, h, w, offset)
     centre = (grid[:, :2] + grid[:, 2:]) / 2
@@ -221,10 +230,12 @@ def detect(net, image, normalize="none", **combining):
 
     image: uint8 (H, W, 3). normalize: "none", or "scales": merged scores, which are sums over the windows of all scales, are divided by
     the number of scales (CHOICE: the paper is silent). Returns boxes (R, 4) float64 in pixels of the image, cut at its border,
-    labels (R,), scores (R,), by falling score. Raises ValueError for another normalize, and as combine.
+    labels (R,), scores (R,), by falling score. Raises ValueError for another normalize and a net without scales, and as look and combine.
     """
     if normalize not in ("none", "scales"):
         raise ValueError(f"overfeat_detect.detect: normalize must be none or scales, got {normalize!r}")
+    if not net.spec.scales:
+        raise ValueError("overfeat_detect.detect: the net must have scales, got none")
     seen = [look(net, image, i) for i in range(len(net.spec.scales))]
     boxes, p = map(np.concatenate, zip(*seen))
     boxes, labels, scores = combine(boxes, p, len(net.spec.classes), **combining)
@@ -239,15 +250,17 @@ def combine(boxes, probability, classes, merging="merge", threshold=0.5, mode="c
             most=2000):
     """One list of detections from the windows of all scales.
 
-    boxes: (M, 4), the box that each window gives; probability: (M, classes), or (M, classes + 1) with the background last. Each window
-    gives its box to every class of probability >= min_score, and a class takes those of its `most` surest windows (the paper is silent on
-    pruning: CHOICE; merging takes time as their square). argmax: windows that are surest of the background give none (CHOICE: off).
+    boxes: (M, 4), the box that each window gives; probability: (M, classes), or (M, classes + 1) with the background last.
+    classes: their number, at least 1. Each window gives its box to every class of probability >= min_score, and a class takes those of its
+    `most` surest windows (the paper is silent on pruning: CHOICE; merging takes time as their square). argmax: windows that are surest of
+    the background give none (CHOICE: off).
     Then per class, merging "merge": greedy merging with accumulated confidence (ops.merge: threshold, mode), scores are sums and may
     pass 1; "nms": ops.nms at IoU threshold, scores are probabilities. mode: CHOICE "count", exact means; the paper's literal "mean"
     is the other. threshold: CHOICE 0.5 (examples/overfeat.py has its own). Both defaults are those of overfeat_localize.guesses.
-    Returns boxes (R, 4), labels (R,), scores (R,) by falling score (ties: lower label), at most `limit`. Raises ValueError for another
-    merging, and as ops.merge and ops.nms.
+    Returns boxes (R, 4), labels (R,), scores (R,) by falling score (ties: lower label), at most `limit`; M = 0 gives empty ones.
+    Raises ValueError for another merging and classes below 1, TypeError for classes that are no integer, and as ops.merge and ops.nms.
     """
+    checks.whole("overfeat_detect.combine", 1, classes=classes)
     if argmax:
         objects = probability.argmax(1) < classes
         boxes, probability = boxes[objects], probability[objects]
@@ -275,9 +288,14 @@ def look(net, image, index=0):
     (M, K + 1), the background last if the net has one; float64.
 
     The image is enlarged that many times and framed by half a window of its mean grey, so that windows can centre on objects
-    at the border (CHOICE; the paper has no frame).
+    at the border (CHOICE; the paper has no frame). image: uint8 (H, W, 3). Raises ValueError for a net without a regressor and an index
+    that no scale has.
     """
     spec, table = net.spec, net.table
+    if "regressor" not in net.parts:
+        raise ValueError("overfeat_detect.look: the net must have a regressor, got Spec.regressor None")
+    if not 0 <= index < len(spec.scales):
+        raise ValueError(f"overfeat_detect.look: index must be one of {len(spec.scales)} scales, got {index}")
     x, frame = _framed(net, image, spec.scales[index])
     other = None
     if spec.context and index + 1 < len(spec.scales):

@@ -1,4 +1,4 @@
-"""The released weights of OverFeat's two nets (overfeat.TABLES): raw files without header or names (notes, 6.1).
+"""The released weights of OverFeat's two nets (overfeat.TABLES): raw files without header or names (sermanet/OverFeat, v4.2).
 
 Little-endian float32, array after array: for each convolution in order its weight (Cout, Cin, kh, kw), then its bias (Cout,). The
 kernels are for cross-correlation, as ours. net_weight_0 is the fast net, 583,683,488 bytes; net_weight_1 the accurate one,
@@ -18,7 +18,11 @@ BLOCK = 1 << 22             # numbers that are looked at at a time
 
 
 def layout(table, classes=1000, width=1.0):
-    """Where each array stands in a file: a dict from the net's names to (offset in floats, shape in the file), and the total."""
+    """Where each array stands in a file: a dict from the net's names to (offset, shape), and the total.
+
+    table: an overfeat.Table; classes, width, and what it raises: as overfeat.rows. Offsets and total in float32 numbers from the file's
+    start; shapes as in the file, (Cout, Cin, kh, kw) of weights, (Cout,) of biases, in the file's order.
+    """
     found, at = {}, 0
     for r in rows(table, classes, width):
         for key, shape in (("w", (r.Cout, r.Cin, r.size, r.size)), ("b", (r.Cout,))):

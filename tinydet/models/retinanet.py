@@ -1,12 +1,13 @@
-"""RetinaNet, the one-stage detector that AP-loss (Chen et al., 1904.06373 and 2008.07294) trains; ap-loss notes, sec. 5.
+"""RetinaNet, the one-stage detector that AP-loss (Chen et al., 1904.06373 and 2008.07294) trains.
 
 A backbone and a feature pyramid make maps of several strides. Two heads, shared by all of them, say for every anchor box of every
 cell which classes it holds, one yes-or-no score a class, and where the object's box lies. Nearly all answers are "no": AP-loss
 ranks the scores of the whole batch against each other instead of weighing them (LOSSES has it and its rivals).
 
-Differences from the papers' code: boxes are continuous, anchors centred at stride * (i + 0.5); images are RGB; the box loss
-reported is the one whose gradient is taken; difficult objects are ignored, not dropped; all images of a step are ranked in one
-list; no step is skipped. The table "small" is ours, for training from scratch on a CPU.
+The net, its anchors, labels, box loss and test are those of the papers' released code. Differences: boxes are continuous,
+anchors centred at stride * (i + 0.5); images are RGB; the box loss reported is the one whose gradient is taken; difficult objects
+are ignored, not dropped; all images of a step are ranked in one list; no step is skipped. The table "small" is ours, for training
+from scratch on a CPU.
 """
 import dataclasses
 
@@ -43,7 +44,7 @@ TABLES = {
 
 @dataclasses.dataclass
 class Spec:
-    """What a RetinaNet is, apart from its arrays. Saved as JSON beside them. Defaults: notes, sec. 5.
+    """What a RetinaNet is, apart from its arrays. Saved as JSON beside them. Defaults: the papers' code.
 
     stride_first: a ResNet's blocks halve the map in their first 1x1 convolution (MSRA's and Caffe's nets), not in the 3x3 one
     (torchvision's).
@@ -142,6 +143,8 @@ class RetinaNet(Composite):
 
         Rows in the order of anchors(). x: from normalise(), the net's dtype. Any H and W >= 1. train: batch norms that are not frozen
         take the batch's statistics and move their averages. rng is not used.
+        N = 0 gives empty results, but a ValueError where batch norms train. Raises as conv.forward: ValueError for another shape and
+        images without a pixel, TypeError for another dtype than the net's.
         """
         maps, backbone_cache = self.parts["backbone"].forward(x, train, rng)
         levels, pyramid_cache = self.parts["pyramid"].forward(maps[2:], train, rng)
@@ -166,7 +169,7 @@ class RetinaNet(Composite):
 
 
 class Pyramid(Composite):
-    """Feature pyramid (Lin et al.; notes, sec. 5): a list of C3, C4, C5 to a list of P3, P4, ..., all of `channels`.
+    """Feature pyramid (Lin et al.; the papers' code): a list of C3, C4, C5 to a list of P3, P4, ..., all of `channels`.
 
     1x1 laterals; each but the coarsest plus the merged map above it, enlarged twice (nearest); then 3x3 outputs. P6: 3x3 of
     stride 2 on C5; each further level: ReLU, then 3x3 of stride 2 on the one before. norm: batch norm behind every output.
@@ -224,14 +227,18 @@ class PlainConv2D(Conv2D):
         self.grads.pop("b")
 
     def forward(self, x, train=False, rng=None):
+        """y (N, oh, ow, Cout) and cache of x (N, H, W, Cin), in the dtype of w; train and rng are not used. Raises as conv.forward."""
         return conv.forward(x, self.params["w"], self.zero, self.stride, self.pad, self.dilation)
 
     def backward(self, dy, cache):
+        """Add the gradient of w to `grads` unless frozen; return dx (N, H, W, Cin), or None with input_grad=False. dy: the shape and dtype
+        of y. Raises as conv.backward."""
         dx, dw, _ = conv.backward(dy, cache, self.input_grad, not self.frozen)
         self._add(w=dw)
         return dx
 
     def to(self, put):
+        """As Layer.to: the zeros that stand for the bias move, too. Returns the layer."""
         self.zero = put(self.zero)
         return super().to(put)
 
@@ -285,7 +292,7 @@ def cells(spec, height, width):
 
 
 def anchors(spec, height, width):
-    """The anchor boxes of images of height x width pixels (notes, sec. 5): (A, 4) float64, pixels of the net's input.
+    """The anchor boxes of images of height x width pixels (the papers' code): (A, 4) float64, pixels of the net's input.
 
     Levels from fine to coarse, in a level rows, columns, then ratios, then octaves. Level k has stride s = 2^k, cell (i, j) its
     centre at (s * (j + 0.5), s * (i + 0.5)); with side a = side * s * octave and ratio r a box is a / sqrt(r) wide, a * sqrt(r)
@@ -314,7 +321,7 @@ class Targets:
 
 
 def label(spec, anchors, boxes, labels, difficult=None, positive=0.5, negative=0.4):
-    """What each anchor of an image must answer (notes, sec. 5: assignment and box loss).
+    """What each anchor of an image must answer (the papers' code).
 
     An anchor holds an object if its largest IoU is >= positive, or if no anchor overlaps some object more than it does: all that
     tie (to 1e-9, CHOICE: equal overlaps differ in their last bits), which needs an overlap above 0. It answers with the class and
@@ -325,8 +332,8 @@ def label(spec, anchors, boxes, labels, difficult=None, positive=0.5, negative=0
     Deltas: boxes.encode divided by target_std.
     anchors: (A, 4), boxes: (G, 4) with area, float32 or float64; labels: (G,) integers in 0..K-1, difficult: (G,) bool. Returns
     Targets.
-    Without objects all is background. Raises ValueError for NaN, infinity, boxes without area and labels out of range, TypeError
-    for dtypes.
+    Without objects all is background. Raises ValueError for NaN, infinity, shapes, boxes without area, labels and thresholds
+    out of range, TypeError for dtypes.
     """
     op = "retinanet.label"
     for name, found in (("anchors", anchors), ("boxes", boxes)):
@@ -339,10 +346,9 @@ def label(spec, anchors, boxes, labels, difficult=None, positive=0.5, negative=0
         raise ValueError(f"{op}: labels must lie in 0..{spec.background - 1}, got {labels.min()}..{labels.max()}")
     if not (boxes[:, 2:] > boxes[:, :2]).all():
         raise ValueError(f"{op}: boxes must have area, got {boxes[~(boxes[:, 2:] > boxes[:, :2]).all(1)][0].tolist()}")
-    if difficult is not None and (np.shape(difficult), np.asarray(difficult).dtype) != ((len(boxes),), bool):
-        raise ValueError(f"{op}: difficult must be {len(boxes)} booleans, got {difficult!r}")
+    difficult = np.zeros(len(boxes), bool) if difficult is None else checks.booleans(op, "difficult", difficult, len(boxes))
     anchors, boxes = anchors.astype(np.float64, copy=False), boxes.astype(np.float64, copy=False)
-    usable = np.ones(len(boxes), bool) if difficult is None else ~difficult
+    usable = ~difficult
     answer, deltas = np.full(len(anchors), spec.background, np.int64), np.zeros((len(anchors), 4))
     held = np.zeros(len(anchors), bool)
     if len(anchors) and usable.any():
@@ -361,8 +367,8 @@ def label(spec, anchors, boxes, labels, difficult=None, positive=0.5, negative=0
 
 
 def entries(labels, K):
-    """labels (N, A), K for the background and -1 for ignored, as one yes-or-no answer a class (N, A, K) int8: 1, 0, -1 (notes,
-    sec. 1.1).
+    """labels (N, A), K for the background and -1 for ignored, as one yes-or-no answer a class (N, A, K) int8: 1, 0, -1
+    (1904.06373; its code).
 
     An anchor of a class is 1 there and 0 for the K - 1 others. On the device of labels. Flattened, entry ((n * A + m) * K + k) is anchor m
     of image n and class k, as that of the scores.
@@ -377,7 +383,7 @@ def _cross_entropy(scores, labels, ratio=3):
     """Cross-entropy of the positive entries and `ratio` times as many of the hardest negative ones, divided by the number of
     positive entries.
 
-    The rival CE + OHEM of the paper's table 2; that the 3:1 of SSD is meant, over entries, is a CHOICE (ohem notes, sec. 3).
+    The rival CE + OHEM of the paper's Table 2, unverified; that the 3:1 of SSD is meant, over entries, is a CHOICE.
     Equal scores in order of index; without positive entries value and gradient are 0. The hardest are those of the highest
     scores: nothing waits for a GPU.
     """
@@ -395,13 +401,13 @@ LOSSES = {"ap": ap_loss.ap_loss, "auc": auc_loss.auc_loss, "smooth_ap": smooth_a
 
 
 def loss(scores, deltas, targets, name="ap", per_image=False, box_weight=1.0, **options):
-    """Classification and box loss of a training batch, with the gradients to train on (notes, sec. 5).
+    """Classification and box loss of a training batch, with the gradients to train on (the papers' code).
 
     value = class loss + box_weight * mean over the four numbers of all anchors that hold an object of smooth L1 (beta 1); without
     any the latter is 0.
     scores: (N, A, K), deltas: (N, A, 4) from RetinaNet.forward; targets: Targets of each image. name: one of LOSSES; options:
     those of its function (ap: delta, interpolated; auc: delta; smooth_ap: delta; focal: alpha, gamma, normalizer; ce: ratio).
-    The entries of the batch are ranked, or counted, together, across images, levels and classes (notes, sec. 1.2 and 2.5);
+    The entries of the batch are ranked, or counted, together, across images, levels and classes (sec. 3.4, unverified; the code);
     per_image=True: those of each image alone, the mean over the images, of which those without an object count as 0 in a ranking loss.
     Returns a dict of numbers (loss, class_loss, box_loss, positives: anchors that hold an object) and dscores, ddeltas. For "ap"
     dscores is the paper's update, no derivative (ops/ap_loss.py). On a GPU all stays there, the losses too. The papers' code skips a
@@ -448,7 +454,7 @@ def training_view(spec, example, rng, height, width, views="ssd", upside_down=Fa
     3/4 to 1 of each side, mirrored half of the time (CHOICE: for sets that are soon learnt); "mirror": that alone. upside_down:
     also mirrored top to bottom half of the time, for images without an up (CHOICE).
     Returns image uint8 (height, width, 3), boxes (R, 4) float64 in its pixels, labels (R,) int64, difficult (R,) bool; a crop may leave
-    no box. The published nets train at 512x512 (notes, sec. 5). Raises ValueError for other views.
+    no box. The published nets train at 512x512 (the papers' code). Raises ValueError for other views.
     """
     if views not in VIEWS:
         raise ValueError(f"retinanet.training_view: views must be one of {', '.join(VIEWS)}, got {views!r}")
@@ -474,7 +480,7 @@ def batch(net, images, multiple=1):
 
 @dataclasses.dataclass(frozen=True)
 class Testing:
-    """How detections are made (notes, sec. 5). short, longest: of the image in pixels; multiple: its sides are filled up to one.
+    """How detections are made (the papers' code). short, longest: of the image in pixels; multiple: its sides are filled up to one.
 
     top: so many (anchor, class) pairs of each level go on, of which those with a probability above min_score (of the coarsest
     level all above 0) give boxes; nms: IoU within a class; limit: boxes of an image. The ranking losses do not fix a

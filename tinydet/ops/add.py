@@ -26,10 +26,12 @@ def backward(dy, cache):
 
 
 def accumulate(total, x):
-    """total += x, in place: how parameter gradients add up. Arrays of one shape and dtype; large ones with every thread.
+    """total += x, in place: how parameter gradients add up; large ones with every thread.
 
-    The one op that changes an input: a layer's `grads` are its own.
+    The one op that changes an input: a layer's `grads` are its own. Any shape; nothing is broadcast. One float dtype (not checked: total
+    keeps its own). Returns nothing. Raises ValueError for shapes that differ, TypeError for an x that is no array.
     """
+    checks.same_shape("add.accumulate", total.shape, x=x)
     pick(total, numpy=_accumulate_numpy, numba=_accumulate_numba, cuda=_accumulate_numpy)(total, x)
 
 
@@ -38,7 +40,7 @@ def _accumulate_numpy(total, x):
 
 
 def _accumulate_numba(total, x):
-    if total.size > PART and total.shape == x.shape and total.dtype == x.dtype and total.flags.c_contiguous and x.flags.c_contiguous:
+    if total.size > PART and total.dtype == x.dtype and total.flags.c_contiguous and x.flags.c_contiguous:
         _accumulate(total.reshape(-1), x.reshape(-1))
     else:
         total += x

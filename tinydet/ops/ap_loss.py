@@ -1,7 +1,8 @@
 """AP-loss: 1 - average precision of a ranking, and the error-driven update that lowers it.
 
 The update is NOT the derivative of the loss, which is 0 almost everywhere (a rank is a step function of the scores), nor of the loss with
-its steps made linear. It hands each wrongly ordered pair its share of the lost precision, as the perceptron does (notes, sec. 2.1, 2.2).
+its steps made linear. It hands each wrongly ordered pair its share of the lost precision, as the perceptron does (1904.06373, sec. 3.3,
+unverified; the released code).
 """
 import math
 
@@ -18,11 +19,11 @@ FINE, CELLS = 8, 1 << 18        # of the table that shortens searches on the CPU
 
 
 def ap_loss(scores, labels, delta=1.0, interpolated=True):
-    """1 - AP of all entries ranked together, and the error-driven update (AP-loss, CVPR 2019, 1904.06373; ap-loss notes, sec. 1 and 2).
+    """1 - AP of all entries ranked together, and the error-driven update (AP-loss, CVPR 2019, 1904.06373, sec. 3.3, unverified; its code).
 
     H(x) = clip(x / (2 * delta) + 1/2, 0, 1); delta = 0: 0, 1/2 or 1 for x below, at or above 0. For a positive i, over positives k and
     negatives j:  a_i = 1 + sum_{k != i} H(s_k - s_i),  b_i = sum_j H(s_j - s_i),  e_i = b_i / (a_i + b_i), the precision lost at i;
-    interpolated=True: E_i = min e_k over positives with s_k <= s_i (sec. 2.4), else E_i = e_i.
+    interpolated=True: E_i = min e_k over positives with s_k <= s_i (the released code), else E_i = e_i.
         loss = 1/P sum_i E_i;  g_i = -E_i / P;  g_j = 1/P sum_i H(s_j - s_i) * E_i / b_i  (terms with b_i = 0 left out)
     g is NOT the derivative of the loss: never compare it with differences of the loss. It is the derivative of
     sum_ij C_ij (s_j - s_i) with the weights C_ij = H(s_j - s_i) * E_i / (b_i P) held fixed. It adds up to -loss over the positives and
@@ -51,7 +52,7 @@ def ap_loss(scores, labels, delta=1.0, interpolated=True):
 
 
 def step(x, delta):
-    """H(x) = clip(x / (2 * delta) + 1/2, 0, 1), and its limit for delta = 0, where H(0) = 1/2 (notes, sec. 2.3)."""
+    """H(x) = clip(x / (2 * delta) + 1/2, 0, 1), and its limit for delta = 0, where H(0) = 1/2 (1904.06373; its code has delta = 1)."""
     return np.clip(x / (2 * delta) + 0.5, 0, 1) if delta else (np.sign(x) + 1) / 2
 
 
@@ -73,9 +74,9 @@ def _ap_loss_numpy(scores, labels, delta, interpolated):
     return float(0 - g[positive].sum()), g.reshape(scores.shape).astype(scores.dtype)
 
 
-# Numba and CUDA: the same without pairs (notes, sec. 4.3). Positives p are sorted. A negative v has l = #{v - p >= delta} of them far
+# Numba and CUDA: the same without pairs (ours, exact). Positives p are sorted. A negative v has l = #{v - p >= delta} of them far
 # below, with H = 1, and H is linear for those from l up to h = #{v - p > -delta}. So v counts 1 in b_i for i < l and
-# (v - p_i) / (2 * delta) + 1/2 for l <= i < h. CUDA notes the former at l, the latter at l, and takes it back at h; then sums up to i
+# (v - p_i) / (2 * delta) + 1/2 for l <= i < h. CUDA enters the former at l, the latter at l, and takes it back at h; then sums up to i
 # give b_i. Numba sorts the edges p - delta and p + delta together and finds the place of v among them, which tells l and h; counts and
 # sums over v at each place, added up, differ by b_i's share between the two edges of i. As H is linear there, sums of weights and of
 # weights times p over [l, h) are enough for g at v: at each place, g is a line in v. Sums of scores are kept as 64-bit integers, modulo

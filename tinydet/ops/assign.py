@@ -11,7 +11,7 @@ PART = 2048             # anchors that one thread takes at a time
 
 def best(anchors, boxes, plus_one=False):
     """The box of largest IoU for each anchor (or window), and the anchor of largest IoU for each box: what targets are made from
-    (RetinaNet: ap-loss notes, sec. 5, retinanet.label; Fast R-CNN: ohem notes; the thresholds are theirs).
+    (RetinaNet: the code of AP-loss, 1904.06373, retinanet.label; Fast R-CNN: 1504.08083, sec. 2.3; the thresholds are theirs).
 
         box[m] = argmax_r IoU(m, r),  iou[m] = max_r IoU(m, r);    anchor[r] = argmax_m IoU(m, r),  anchor_iou[r] = max_m IoU(m, r)
     anchors: (M, 4), boxes: (R, 4), one float dtype. plus_one: inclusive pixels (boxes.py). IoU is 0 where the union is empty.

@@ -9,7 +9,7 @@ LARGEST = 1e100         # of scores, which are squared
 
 
 def auc_loss(scores, labels, delta=1.0):
-    """Mean over all pairs of a positive i and a negative j of f(s_j - s_i): value and gradient, without pairs (ap-loss notes, sec. 6).
+    """Mean over all pairs of a positive i and a negative j of f(s_j - s_i): value and gradient, without pairs (1904.06373, Table 2, unverified).
 
     f(x) = 0 for x < -delta, (x + delta)^2 / (4 * delta) up to x = delta, then x; delta = 0: max(x, 0), with slope 1/2 at 0.
         g_i = -1/(P N) sum_j H(s_j - s_i),  g_j = 1/(P N) sum_i H(s_j - s_i),  H = f', the step of ap_loss.ap_loss

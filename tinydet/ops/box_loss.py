@@ -20,7 +20,7 @@ def l2(x, target, mask=None):
 def smooth_l1(x, target, mask=None, beta=1.0):
     """Huber-like loss (Fast R-CNN, eq. 3, in the beta form), summed over the D numbers of a box, divided by the kept boxes.
 
-    RetinaNet takes it of normalised box deltas with beta 1, and a quarter of it (AP-loss; ap-loss notes, sec. 5; retinanet.loss).
+    RetinaNet takes it of normalised box deltas with beta 1, and a quarter of it (the code of AP-loss, 1904.06373; retinanet.loss).
     With d = x - target: 0.5 d^2 / beta where |d| < beta, else |d| - 0.5 beta; gradient d / beta or sign(d). beta = 1/sigma^2.
     beta = 0 is pure L1 (gradient 0 at d = 0); gradient over kept. Arguments, result, mask and errors as in l2, and ValueError for
     beta < 0, infinite or NaN.

@@ -8,7 +8,7 @@ from tinydet.ops.nms import as_groups, by_group
 
 
 def box_voting(kept_boxes, boxes, scores, threshold=0.5, kept_groups=None, groups=None, plus_one=False):
-    """Each kept box becomes the score-weighted mean of the pool's boxes that overlap it (1505.01749; ohem notes, sec. 1.9).
+    """Each kept box becomes the score-weighted mean of the pool's boxes that overlap it (MR-CNN, 1505.01749; in OHEM, 1604.03540).
 
     y_i = sum_j s_j b_j / sum_j s_j over the pool's j of the same group with IoU(kept_i, b_j) >= threshold,
     tested as inter >= threshold * union; boxes of empty union do not vote. The pool is what NMS chose from, the kept boxes

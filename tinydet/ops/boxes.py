@@ -35,7 +35,7 @@ def iou(a, b, plus_one=False):
 
 
 def encode(anchors, boxes, plus_one=False):
-    """Box deltas of R-CNN (ohem notes 1.5): (dx, dy) = centre shift / anchor side, (dw, dh) = log(side of the box / side of the anchor).
+    """Box deltas of R-CNN (1311.2524): (dx, dy) = centre shift / anchor side, (dw, dh) = log(side of the box / side of the anchor).
 
     anchors, boxes: (R, 4), one float dtype, all sides positive. Returns (R, 4). Raises ValueError for a side <= 0; on a GPU, where
     values are not looked at, its deltas are infinite or NaN.

@@ -19,7 +19,7 @@ def forward(x, w, b, stride=1, pad=0, dilation=1, relu=False):
     """Slide the kernels w over x (OverFeat, sec. 3.1; FC layers are convolutions too).
 
     y[n,i,j,o] = b[o] + sum_{u,v,c} x[n, i*stride + u*dilation - top, j*stride + v*dilation - left, c] * w[u,v,c,o],
-    with x = 0 outside the image. Dilation p turns a head into its skip-kernel form (sec. 3.3, notes 3.4).
+    with x = 0 outside the image. Dilation p turns a head into its skip-kernel form (sec. 3.3).
     pad: one number for all sides, or (top, bottom, left, right): the first layer of Oquab et al. has (2, 1, 2, 1).
     relu=True: max(0, y) in place of y, what ops/relu.py makes of it (NaN stays NaN), without another pass over memory on a GPU.
     x: (N, H, W, C), w: (kh, kw, C, Cout), b: (Cout,), one dtype, float32 or float64.

@@ -9,9 +9,9 @@ def forward(x, p, rng, by_map=False, inverted=True):
     """Training: zero each value with probability p; inverted, scale the rest by 1/(1 - p) so that the mean stays.
 
     y = x * mask, mask in {0, 1/(1 - p)} (inverted) or {0, 1} (classical: the test then multiplies by 1 - p, forward_test).
-    OverFeat, sec. 3.2: p = 0.5; the released nets have no scaling layer at test time, hence inverted (CHOICE).
+    OverFeat (1312.6229): p = 0.5; the released nets have no scaling layer at test time, hence inverted (CHOICE).
     by_map: one draw for each channel (last axis), shared by all positions and by the whole batch: "dropmap" of the released
-    code of Oquab et al. (notes, sec. 4.1), which is classical there.
+    code of Oquab et al. (CVPR 2015), which is classical there.
     x: any shape, float32 or float64; 0 <= p < 1; rng: numpy.random.Generator, the same bits on every backend.
     Returns y (same shape and dtype) and cache. Raises ValueError for p outside [0, 1), TypeError for dtypes or another rng.
     On a GPU array code serves: the mask is drawn on the host and sent as bool, which takes longer than the two launches.

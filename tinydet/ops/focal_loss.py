@@ -12,7 +12,7 @@ def loss(x, labels, alpha=0.25, gamma=2.0, normalizer=None):
     p_t = sigmoid(z), z = x for label 1 and -x for label 0; alpha_t = alpha or 1 - alpha (alpha=None: 1 for both).
     dvalue/dz = alpha_t * (1 - p_t)^gamma * (gamma * p_t * log(p_t) - (1 - p_t)) / normalizer; dx = dvalue/dz for label 1, -dvalue/dz for
     label 0, 0 for label -1. gamma = 0 is the cross-entropy.
-    (The papers' notes give the loss by name; formula, alpha 0.25, gamma 2 and the normaliser as in that paper, unverified here.)
+    (AP-loss, 1904.06373, Table 2, unverified, has it as a rival; formula, alpha 0.25, gamma 2 and the normaliser as in Lin et al., unverified.)
     x: any shape, float32 or float64: scores, no sigmoid, one entry an anchor and class. labels: same shape, integers: 1, 0, and
     -1 for entries that count nowhere. normalizer: a number > 0; default the number of labels 1 (an anchor has one), at least 1.
     Returns a Python float (on a GPU a 0-d float64 array there) and dx, x's shape and dtype; 0.0 for an empty x.

@@ -6,10 +6,10 @@ from tinydet.backend import array_module, pick
 
 
 def forward(x, mask=None):
-    """y[n,c] = max_{i,j} x[n,i,j,c], over the positions that mask allows (Oquab et al., CVPR 2015; notes, sec. 4.1 and 4.5).
+    """y[n,c] = max_{i,j} x[n,i,j,c], over the positions that mask allows (Oquab et al., CVPR 2015; the released code).
 
     x: (N, H, W, C) float32 or float64. mask: bool (N, H, W, C) or (N, H, W, 1), True where the max may look: for the masked
-    pooling of "strong + weak" training, where a positive class looks inside its boxes alone. Default: everywhere.
+    pooling of "strong + weak" training (unverified), where a positive class looks inside its boxes alone. Default: everywhere.
     Returns y (N, C), same dtype, and cache. Ties go to the first position in row order; an allowed NaN wins, y is NaN there.
     N = 0 gives an empty y. Raises ValueError where the map is empty, or the mask leaves an image and channel no position
     (it names both; arrays on a GPU are not looked at: y is NaN there, dx 0); TypeError for dtypes.

@@ -6,7 +6,7 @@ from tinydet.backend import array_module, pick, scalar
 
 
 def loss(x, labels, *, signed):
-    """Sum over the classes, mean over the rows, of log(1 + exp(-t * x)), t = +1 or -1 (Oquab et al.; notes, sec. 4.2).
+    """Sum over the classes, mean over the rows, of log(1 + exp(-t * x)), t = +1 or -1 (Oquab et al., CVPR 2015; the released code).
 
     value = 1/R sum_{r,k} log(1 + exp(-t[r,k] * x[r,k])), dx = -t * sigmoid(-t * x) / R; sigmoid(x) is the probability of t = +1.
     x: (R, K) float32 or float64: scores, no sigmoid. labels: (R, K) integers. signed=True: +1 yes, -1 no, 0 counts nowhere;
@@ -59,5 +59,8 @@ def _loss_cuda(x, labels, signed):
 
 
 def as_int8(labels):
-    """Labels as int8, those outside -1..1 as -2 or 2: a plain cast would make 255 an ignored one."""
+    """Labels as int8, those outside -1..1 as -2 or 2: a plain cast would make 255 an ignored one.
+
+    labels: integers of any shape. Returns int8, same shape and device; labels themselves if they are int8. Nothing is checked.
+    """
     return labels if labels.dtype == np.int8 else labels.astype(np.int64, copy=False).clip(-2, 2).astype(np.int8)

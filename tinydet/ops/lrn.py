@@ -9,7 +9,7 @@ BLOCK = 256             # threads of the CUDA kernels
 
 
 def forward(x, size=5, alpha=1e-4, beta=0.75, k=1.0, divide_by_n=True):
-    """Divide each value by a power of the energy of its neighbour channels (Oquab et al.; notes, sec. 1).
+    """Divide each value by a power of the energy of its neighbour channels (Oquab et al.: the released code).
 
     y_c = x_c * s_c^(-beta), s_c = k + a * sum_{|j - c| <= size//2} x_j^2, the window cut to the channels that exist;
     a = alpha / size if divide_by_n, else alpha. Two conventions are in use, both kept: the released code of Oquab et al. and

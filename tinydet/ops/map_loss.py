@@ -3,7 +3,7 @@
 Training for mAP after NMS with pseudo-gradients in the spirit of Henderson & Ferrari (ACCV 2016, 1607.03476). Read in the paper: that
 mAP computed after NMS is the loss; that it is piecewise constant in the scores, so that its ordinary gradient says nothing; and that
 gradient-like quantities of such functions take its place. Its formulas, schedule and tables could not be read: both estimators here,
-their defaults and the choices below are this project's own (map-loss notes, sec. 0, 3 and 7), and reproduce none of them.
+their defaults and the choices below are this project's own (CHOICE), and reproduce none of them.
 """
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ FIRST, LAST = np.int64(-1), np.int64(1 << 30)      # in place of a row: above, o
 
 def loss(scores, boxes, images, gt_boxes, gt_labels, gt_images, gt_difficult=None, *, nms=0.3, match=0.5, most=100, ap="prec",
          estimator="sde", delta=None, kappa=1.0, reach=None, least=None, log=False, eps=1e-3, plus_one=False):
-    """1 - mAP of a mini-batch after NMS in each class and image, and its pseudo-gradient (map-loss notes, sec. 1 and 3).
+    """1 - mAP of a mini-batch after NMS in each class and image, and its pseudo-gradient (1607.03476; its form: CHOICE).
 
     Each class: its `most` best windows of each image are the candidates, frozen at the current scores; greedy NMS (dropped at IoU > nms);
     the kept ones of all images ranked together. VOC's labels: each looks at the object of largest IoU, taken or not; IoU < match: false
@@ -40,7 +40,7 @@ def loss(scores, boxes, images, gt_boxes, gt_labels, gt_images, gt_difficult=Non
     scores: (n, C), float32 or float64, any numbers that rank, no background. boxes: (n, 4), or (n, C, 4), a box for each class; CHOICE:
     constants, without pseudo-gradient. images: (n,) integers; gt_boxes (G, 4) of boxes' dtype, gt_labels (G,) in 0..C-1, gt_images
     (G,), gt_difficult (G,) bool or None: these four and images on the host. Objects in images without windows count in P.
-    delta, reach (the notes' D; inf is allowed), least (their d0): in units of the scores; None: kappa, 3 and 0.2 standard deviations of the
+    delta, reach (README's D; inf is allowed), least (its d0): in units of the scores; None: kappa, 3 and 0.2 standard deviations of the
     scores of the class's candidates, over all images, at least 1e-3.
     plus_one: inclusive pixels (boxes.py).
     Returns a Python float (on a GPU a 0-d array there) and dscores, scores' shape and dtype; inner work in float64. Exactly 0 for
@@ -98,9 +98,9 @@ class Profile(NamedTuple):
     """f_i of one window and class, and what the estimators make of it: float64.
 
     values[k] (B + 1,) is AP of the class while the score lies between breakpoints[k - 1] and breakpoints[k] (B,); each differs from the next.
-    blocker: the score that it must pass to be kept, NaN if no window can suppress it (one at most: notes, sec. 4.1). score: where it is;
+    blocker: the score that it must pass to be kept, NaN if no window can suppress it (one at most: _Profile). score: where it is;
     now: AP there. delta, reach, least: as loss() takes them for the class. step: the slope of the finite step; lines: those of the envelope,
-    U+, L+, U-, L- (sec. 3.2), whose sum over 2 is its slope.
+    U+, L+, U-, L- (as of loss()), whose sum over 2 is its slope.
     """
 
     breakpoints: np.ndarray
@@ -252,7 +252,7 @@ def _arrange(op, scores, boxes, images, truth, nms, match, most, ap, plus_one):
                  gt_box, gt_start, hard, *map(boxes.dtype.type, (nms, match, plus_one)), MODES.index(ap))
 
 
-# The reference (notes, sec. 4.1 to 4.3)
+# The reference (ours, exact)
 
 def _run_numpy(batch, widths, env):
     """aps (c,); kept, flags as average_precisions() has them, and slopes g, (c, K) each, g 0 where widths is None. So do the other two."""
@@ -332,7 +332,7 @@ class _Class:
         return _Profile(self, i)
 
     def skips(self, i, delta):
-        """Whether no step of f_i lies within delta, as can be told without another NMS (notes, sec. 4.3)."""
+        """Whether no step of f_i lies within delta, as can be told without another NMS (ours, exact)."""
         s, row, near = self.score[i], self.row[i], self.near[i]
         if not self.kept[i]:
             return not self.above(s + delta, row, near[self.kept[near]][0])
@@ -345,14 +345,14 @@ class _Class:
         return within.all() if self.hit[np.searchsorted(self.listed, i)] else not within.any()
 
     def difference(self, i, delta, reach, least):
-        """The slope of the finite step (notes, sec. 3.1); reach and least have no part."""
+        """The slope of the finite step (CHOICE); reach and least have no part."""
         if self.skips(i, delta):
             return 0.0
         f, s, row = self.moved(i), self.score[i], self.row[i]
         return (f(s + delta, row) - f(s - delta, row)) / (2 * delta)
 
     def envelope(self, i, delta, reach, least):
-        """The slope of the envelope (notes, sec. 3.2); delta has no part."""
+        """The slope of the envelope (CHOICE); delta has no part."""
         return sum(self.lines(i, delta, reach, least)) / 2
 
     def lines(self, i, delta, reach, least):
@@ -367,7 +367,7 @@ class _Class:
 
 
 class _Profile:
-    """f_i, by the two-state theorem (notes, sec. 4.1 and 4.2): i is suppressed below its blocker; above that the others kept are always the same.
+    """f_i, by the two-state theorem (ours): i is suppressed below its blocker; above that the others kept are always the same.
 
     below: AP while it is suppressed; values[r]: AP while r of the others that count lie above it.
     """
@@ -408,7 +408,7 @@ class _Profile:
         return np.unique(self.one.score[self.others if self.blocker is None else np.append(self.others, self.blocker)])
 
 
-# Numba and CUDA: the edit form (notes, sec. 4.4). A class has a list: of the kept windows of all images those that count, best first.
+# Numba and CUDA: the edit form (ours, exact). A class has a list: of the kept windows of all images those that count, best first.
 # place: how many of it lie above a candidate; tops: the places of its TPs. Another score of i changes what is kept in its own image
 # alone. Each difference from the list is an edit, 9 * place + 3 * (dp + 1) + dk + 1, from where on there are dp entries and dk TPs more,
 # -1, 0 or 1. AP follows from the places of the TPs and the edits above each. Sets of windows (on, off, gone) are of one image, from its first.
@@ -590,7 +590,7 @@ def _value(k, first, end, others, i, v, row, edits, claimed):
 
 @_inner
 def _states(k, first, end, i, on, off, gone):
-    """on: the others kept while i is kept, off: while it is not (K1 and K0 of the notes, sec. 4.1). Returns the blocker, -1 if there is none."""
+    """on: the others kept while i is kept, off: while it is not (as in _Profile). Returns the blocker, -1 if there is none."""
     again, same = (off, on) if k.kept[i] else (on, off)
     for l in range(end - first):
         gone[l], same[l] = k.near[i, l] and not k.kept[i], k.kept[first + l]
@@ -604,7 +604,7 @@ def _states(k, first, end, i, on, off, gone):
 
 @_inner
 def _difference(k, first, end, i, now, delta, on, off, gone, edits, claimed):
-    """The slope of the finite step. Of the notes' skips (sec. 4.3) those of NMS: what stays suppressed, or has no neighbour within the step."""
+    """The slope of the finite step. Of the skips of _Class those of NMS: what stays suppressed, or has no neighbour within the step."""
     s, row, g = k.score[i], k.row[i], k.gt[i]
     high, low = s + delta, s - delta
     if not k.kept[i]:

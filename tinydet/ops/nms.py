@@ -11,9 +11,10 @@ MOST = 1 << 17          # boxes on a GPU: one bit for each pair are 2^31 bytes
 
 
 def nms(boxes, scores, threshold, inclusive=False, plus_one=False, limit=None, groups=None):
-    """Keep the best box, drop those that overlap it, go on with the best of the rest (ohem notes, sec. 6).
+    """Keep the best box, drop those that overlap it, go on with the best of the rest (as Fast R-CNN's code does).
 
-    In order of score: box i is kept, and every later j of its group with IoU(i, j) > threshold is dropped (inclusive=True: >=).
+    In order of score: box i is kept, and every later j of its group with IoU(i, j) > threshold is dropped (inclusive=True: >=;
+    released codes have either, the default is a CHOICE).
     Tested as inter > threshold * union, without a division; two boxes of empty union never suppress each other.
     boxes: (R, 4), scores: (R,), one float dtype. groups: (R,) integers (classes, images, labels), None is one group: compared,
     never added to the coordinates, which costs float32 its last bits and lets boxes left of 0 leak into another group.

@@ -7,7 +7,7 @@ from tinydet.ops import nms, sort
 
 
 def select(losses, boxes, labels, batch, threshold=0.7, per_label=True, plus_one=False):
-    """The hardest `batch` regions of one image, of near-duplicates only the hardest (OHEM, sec. 4.1, unverified; ohem notes, sec. 2.1 and 2.2).
+    """The hardest `batch` regions of one image, of near-duplicates only the hardest (OHEM, 1604.03540, sec. 4.1, unverified; its code).
 
     In order of loss, a region is dropped if its IoU with one kept before is above `threshold`: two regions over the same cells would count
     one loss twice. per_label=True: only with those of its label (the released code); False: with all (as the paper's text reads).
@@ -47,10 +47,10 @@ def _refuse(op, wrong, bad):
 
 
 def random(labels, overlaps, batch, rng, fraction=0.25, low=0.1, high=0.5):
-    """Fast R-CNN's heuristics: up to round(fraction * batch) regions of a class, the rest background (ohem notes, sec. 1.6).
+    """Fast R-CNN's heuristics: up to round(fraction * batch) regions of a class, the rest background (1504.08083, sec. 2.3; its code).
 
     Background are the regions whose overlap lies in [low, high): below low is "easy" and never used; low = 0 drops that rule. Where regions of a
-    class are short, background takes their places; where background is short, nothing does: the batch is smaller (sec. 1.6).
+    class are short, background takes their places; where background is short, nothing does: the batch is smaller (the released code).
     labels: (R,) integers, -1 ignored, overlaps: (R,) float, largest IoU with an object, both NumPy arrays; a region counts as of a class where
     overlap >= high. Drawn without replacement by rng, a numpy.random.Generator. round: halves up. Returns indices, int64, those of a class
     first, each part in rising order, at most batch. R = 0 gives none. Raises ValueError for shapes, a batch below 1 and numbers out of range,
@@ -68,17 +68,20 @@ def random(labels, overlaps, batch, rng, fraction=0.25, low=0.1, high=0.5):
 
 
 def ssd(losses, labels, overlaps, ratio=3, high=0.5):
-    """SSD's mining: all regions of a class, and `ratio` times as many of the hardest of the background (ohem notes, sec. 3).
+    """SSD's mining: all regions of a class, and `ratio` times as many of the hardest of the background (SSD's released code, MineHardExamples).
 
     Ranked by the classification loss alone, no NMS; an image without a region of a class trains nothing.
-    losses: (R,) classification losses, labels: (R,) integers, -1 ignored, overlaps: (R,); NumPy arrays.
+    losses: (R,) float32 or float64, classification losses; labels: (R,) integers, -1 ignored; overlaps: (R,) float32 or float64, largest IoU with
+    an object; NumPy arrays. A region counts as of a class where overlap >= high. ratio: an integer, 0 or more.
     Returns indices, int64: of a class, in order, then background, hardest first (ties: the lower index). Divide by the number of the former.
-    Raises ValueError for shapes and for losses that are not finite, TypeError for dtypes.
+    R = 0 gives none.
+    Raises ValueError for shapes, for losses that are not finite and a ratio below 0, TypeError for dtypes and a ratio that is no integer.
     """
     op = "ohem.ssd"
     _regions(op, labels, overlaps)
     checks.float_array(op, "losses", losses, f"({len(labels)},)")
     checks.finite(op, losses=losses)
+    checks.whole(op, 0, ratio=ratio)
     positive = np.flatnonzero((labels >= 0) & (overlaps >= high))
     negative = np.flatnonzero((labels >= 0) & (overlaps < high))
     hardest = negative[np.argsort(-losses[negative], kind="stable")]

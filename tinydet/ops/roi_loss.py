@@ -6,11 +6,12 @@ from tinydet.backend import array_module, scalar
 
 
 def each(scores, deltas, labels, targets, beta=1.0, box_weight=1.0, gamma=0.0):
-    """The loss of every region (Fast R-CNN, Eq. 1 to 3), by which OHEM ranks them (ohem notes, sec. 1.4 and 2.1).
+    """The loss of every region (Fast R-CNN, 1504.08083, Eq. 1 to 3), by which OHEM ranks them (1604.03540).
 
     L_r = -log softmax(scores[r])[u] + box_weight * [u < K] * sum_{i < 4} smooth_l1(deltas[r,u,i] - targets[r,i]),  u = labels[r];
     smooth_l1(d) = 0.5 d^2 / beta where |d| < beta, else |d| - 0.5 beta (beta = 1/sigma^2; the paper's is 1; 0 is pure L1).
-    gamma > 0: the first term times (1 - p_u)^gamma, the focal form (sec. 3: a rival of OHEM), of the softmax (CHOICE: as published, of sigmoids).
+    gamma > 0: the first term times (1 - p_u)^gamma, the focal form (1708.02002, Table 1d: a rival of OHEM), of the softmax (CHOICE: as
+    published, of sigmoids).
     scores: (R, K + 1), background last (label K; the published nets have it first), deltas: (R, 4 * (K + 1)): four numbers a class, those of
     the background never used, targets: (R, 4), one float dtype. labels: (R,) integers in 0..K, or -1: the region is ignored, its loss 0.
     Targets of background and ignored regions may hold anything, NaN too. Returns (R,), same dtype. R = 0 gives an empty array.
@@ -24,7 +25,7 @@ def loss(scores, deltas, labels, targets, weights=None, beta=1.0, box_weight=1.0
     """value = sum_r weights[r] * L_r, L_r as in each, and its gradients.
 
     weights: (R,), the floats' dtype; default 1 / (number of labels other than -1), the mean: both terms are divided by the regions of the
-    batch, not by those with a box (sec. 1.4). Weights of 0 are the "zeroing" form of OHEM (sec. 2.3).
+    batch, not by those with a box (the released code). Weights of 0 are the "zeroing" form of OHEM (1604.03540, sec. 4.2).
     dscores[r] = weights[r] * f * (softmax(scores[r]) - onehot(u)), f = (1 - p_u)^gamma - gamma p_u (1 - p_u)^(gamma - 1) log p_u, 1 for gamma 0;
     ddeltas[r,u,i] = weights[r] * box_weight * smooth_l1'(d), zero elsewhere.
     Returns value (scalar), dscores, ddeltas. R = 0 gives 0.0 and empty gradients. Arguments and errors else as in each.

@@ -10,7 +10,7 @@ SLAB = 64               # channels that a thread scatters, at least (Numba)
 
 
 def forward(x, rois, size, scale, float_bins=False):
-    """Largest value in each of PH x PW bins of every region (Fast R-CNN, sec. 2.1; ohem notes, sec. 1.2).
+    """Largest value in each of PH x PW bins of every region (Fast R-CNN, 1504.08083, sec. 2.1; Caffe's code).
 
     RoI (n, x1, y1, x2, y2) has rows ys = round(y1 * scale) to round(y2 * scale) of image n's map, both included: rh rows, only
     row ys if the second is above it; columns likewise. y[r,i,j,c] = max x[n,h,w,c] over the cells of bin (i, j) in the map,

@@ -14,7 +14,7 @@ def smooth_ap(scores, labels, delta=1.0):
     h(x) = 1 / (2 * delta) for |x| < delta, else 0:
         g_j = sum_i w_i a_i h(s_j - s_i);  g_i = -w_i a_i sum_j h(s_j - s_i) + sum_{k != i} (w_i b_i - w_k b_k) h(s_k - s_i)
     A true derivative, unlike that update: it is 0 where H is flat, so a pair that is wrong by more than delta is left as it is. That makes
-    it the control for the paper's update (ap-loss notes, sec. 6, table 3, compares with the gradient of a smoothed AP; that this is the one
+    it the control for the paper's update (1904.06373, Table 3, unverified, compares with the gradient of a smoothed AP; that this is the one
     meant: CHOICE, unverified. Smooth-AP, 2007.12163, has sigmoids for steps, unverified, and needs all pairs).
     scores: any shape, float32 or float64: raw logits. labels: same shape, integers: 1, 0, and -1 for entries that count nowhere.
     delta: from 1e-100 to 1e100, in units of the scores. At a corner of H the slope is 0.

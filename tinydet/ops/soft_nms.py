@@ -10,7 +10,7 @@ METHODS = ("linear", "gaussian")
 
 
 def soft_nms(boxes, scores, method="linear", threshold=0.3, sigma=0.5, min_score=0.001, groups=None, plus_one=False, limit=None):
-    """Put out the best box, lower the scores of those that overlap it, and go on (Soft-NMS, 1704.04503; ohem notes, sec. 6).
+    """Put out the best box, lower the scores of those that overlap it, and go on (Soft-NMS, 1704.04503).
 
         loop: i = argmax s;  if s_i < min_score: stop;  put out (i, s_i);  for every j left in the group of i, with o = IoU(i, j):
               "linear": s_j *= 1 - o where o > threshold        "gaussian": s_j *= exp(-o^2 / sigma), whatever o is

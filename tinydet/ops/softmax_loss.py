@@ -11,7 +11,7 @@ from tinydet.backend import array_module, pick, scalar
 def softmax(x):
     """p_k = exp(x_k) / sum_j exp(x_j) over the last axis, shifted by the maximum so that nothing overflows.
 
-    x: any shape whose last axis is not empty, float32 or float64 (not checked). Returns its shape and dtype; a row that holds NaN or +infinity is NaN.
+    x: any shape whose last axis is not empty, float32 or float64 (not checked). Returns its shape and dtype; a row with NaN or +infinity is NaN.
     On a GPU array code serves: five launches.
     """
     e = array_module(x).exp(x - x.max(-1, keepdims=True))

@@ -4,7 +4,7 @@ from tinydet.backend import array_module
 
 
 def forward(x, factor=2, size=None):
-    """Repeat every pixel factor x factor times: y[n,i,j,c] = x[n, i//factor, j//factor, c] (ap-loss notes, sec. 5: FPN, x2).
+    """Repeat every pixel factor x factor times: y[n,i,j,c] = x[n, i//factor, j//factor, c] (feature pyramid: the code of AP-loss, x2).
 
     x: (N, H, W, C) float32 or float64. size: (height, width) of y, to meet a lateral map of odd side; the surplus on the
     bottom and right is left out, at most factor - 1 rows and columns. Default: (factor*H, factor*W).
