@@ -238,9 +238,8 @@ def markdown(found):
     lines = []
     for name, rows in by_set(found):
         figures = [("val", "AP50"), *((set_of(rows), k) for k in ("AP50", "AP", "places"))][set_of(rows) == "val":]
-        lines += [f"**{name}**, {budget_of(found, name)}:", "",
-                  f"| method | {' | '.join(f'{k}, {which}' for which, k in figures)} | steps | training, s | detection, ms | memory, MB | parameters | MAC a pixel |",
-                  "| --- " + "| ---: " * (len(figures) + 6) + "|"]
+        columns = [f"{k}, {which}" for which, k in figures] + ["steps", "training, s", "detection, ms", "memory, MB", "parameters", "MAC a pixel"]
+        lines += [f"**{name}**, {budget_of(found, name)}:", "", f"| method | {' | '.join(columns)} |", "| --- " + "| ---: " * len(columns) + "|"]
         for r in rows:
             known = [s for s in r["training_seconds"] if s is not None]
             cells = [*(claims.shown(claims.spread(r[which][k]), 100, ".1f") for which, k in figures),
