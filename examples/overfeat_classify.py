@@ -1,6 +1,6 @@
 """Train OverFeat as a classifier and evaluate it densely at several scales (1312.6229, sec. 3; tinydet/models/overfeat.py).
 
-    python examples/overfeat_classify.py                            # embedded shapes on canvases, a few minutes on two cores
+    python examples/overfeat_classify.py                            # embedded shapes on canvases, five to ten minutes on two cores, half of them evaluation
     python examples/overfeat_classify.py --data FOLDER --name clothes       # images of one class each, or IDX files put on canvases
     python examples/overfeat_classify.py --name second --seed 1 --committee runs/overfeat_classify/weights.npz
     python examples/overfeat_classify.py --preset paper --data FOLDER --backend cuda

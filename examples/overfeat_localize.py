@@ -2,7 +2,7 @@
 (1312.6229, sec. 4; tinydet/models/overfeat_localize.py).
 
     python examples/overfeat_classify.py                            # first, the classifier: runs/overfeat_classify/weights.npz
-    python examples/overfeat_localize.py                            # painted shapes on clutter
+    python examples/overfeat_localize.py                            # painted shapes on clutter: about eight minutes on two cores
     python examples/overfeat_localize.py --data FOLDER --weights runs/NAME/weights.npz      # the classifier of that data
 
 Everything goes to runs/<name>/: config.json, metrics.jsonl, checkpoint.npz, weights.npz (classifier and regressor), results.json,
