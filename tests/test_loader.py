@@ -183,6 +183,7 @@ def test_closing_waits_for_what_is_being_made_and_drops_what_waits(how):
 
 
 def test_keyboard_interrupt_while_waiting():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell starts what runs in the background with Ctrl-C ignored
     waiting, seen = threading.Event(), []
 
     def make(i):
@@ -194,16 +195,20 @@ def test_keyboard_interrupt_while_waiting():
         return i
 
     steps = prefetch(make, 0, 50, workers=2)
-    with pytest.raises(KeyboardInterrupt):
-        for i in steps:
-            seen.append(i)
-            if i == 1:
-                waiting.set()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            for i in steps:
+                seen.append(i)
+                if i == 1:
+                    waiting.set()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert seen == [0, 1] and not background() and list(steps) == []
 
 
 PROGRAM = """
-import time
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from tinydet.loader import prefetch
 steps = prefetch(lambda i: time.sleep(0.01), 0, None, {workers})
 for i, _ in enumerate(steps):
