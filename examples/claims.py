@@ -236,7 +236,7 @@ def is_done(job):
     before = files.read_json(job.record, "arguments")["arguments"]
     if before != job.shown:
         raise ValueError(f"claims: {job.folder} must hold a run of the arguments `{' '.join(job.shown)}`, got one of "
-                         f"`{' '.join(map(str, before))}`: move it away, or take another --out")
+                         f"`{' '.join(map(str, before or []))}`: move it away, or take another --out")
     return job.result.exists()
 
 

@@ -177,7 +177,7 @@ def trunk_multiply_adds(net, side=192):
 
 def looked(job, args, which, most=None):
     """probe() of a run's net, made once for its weights: its answer, and the path of its detections."""
-    path, detections = (args.folder / "judged" / f"{job.name}-{which}{ending}.json" for ending in ("", "-detections"))
+    path, detections = judged_files(job, args, which)
     if not is_judged(job, args, which):
         path.parent.mkdir(exist_ok=True)
         asked = {**config_of(job), "eval_set": which, "most": most, "turns": TURNS if most else 1, "backend": args.backend,
@@ -187,9 +187,14 @@ def looked(job, args, which, most=None):
     return files.read_json(path), detections
 
 
+def judged_files(job, args, which):
+    """Where looked() keeps its answer, and the detections."""
+    return [args.folder / "judged" / f"{job.name}-{which}{ending}.json" for ending in ("", "-detections")]
+
+
 def is_judged(job, args, which):
     """Whether looked() has its answer, of the weights that the run has now."""
-    path, detections = (args.folder / "judged" / f"{job.name}-{which}{ending}.json" for ending in ("", "-detections"))
+    path, detections = judged_files(job, args, which)
     return path.exists() and detections.exists() and files.read_json(path, "weights", "ms")["weights"] == checksum(job)
 
 
@@ -214,7 +219,8 @@ def row_of(name, method, jobs, args):
             found["test"].append(judged(looked(job, args, "test")[1], config, "test"))
     parts = [[files.read_json(part.result, "set", "memory_MB") for part in (*job.needs, job)] for job in jobs.values()]
     seconds = [[r.get("training_seconds") for r in results] for results in parts]
-    return {"data": name, "method": method, "seeds": list(jobs), "steps": config["steps"], "parameters": told["parameters"], "ms": told["ms"], "trunk_multiply_adds": told["trunk_multiply_adds"],
+    return {"data": name, "method": method, "seeds": list(jobs), "steps": config["steps"],
+            **{k: told[k] for k in ("parameters", "ms", "trunk_multiply_adds")},
             "commands": [claims.command_of(part) for part in (*first.needs, first)],
             "training_seconds": [None if None in s else sum(s) for s in seconds],                   # of a run that was stopped it is not known
             "memory_MB": [max(r["memory_MB"] for r in results) for results in parts],
